@@ -1,0 +1,159 @@
+"""Which implementation runs an op: one table, and the rule that picks from it.
+
+The rule: the op's `backend` argument, else the innermost `use_backend`, else the environment variable
+POOLFORMER_BACKEND (read when the package is imported), else "auto", which is the first backend of
+`PREFERENCE` that can run the call and is not known to be slower there. A backend that was asked for by
+name and cannot run the call is an error that says why.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from . import _extension
+
+OPS = ("pool_mixer", "mlp", "group_norm")
+PREFERENCE = ("cuda", "triton", "cpu", "torch")
+
+
+class BackendUnavailable(RuntimeError):
+    """The backend that was asked for by name cannot run this call."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a backend has to know of a call to say whether it can run it."""
+
+    op: str
+    device: str
+    dtype: torch.dtype
+    act: str | None = None  # "callable" where it is no name; None where the op has no activation
+    grad: bool = False
+    autocast: bool = False
+
+
+def _torch(call: Call) -> str | None:
+    return None
+
+
+_CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _cpu(call: Call) -> str | None:
+    if call.device != "cpu":
+        return f"it runs on CPU tensors, and this one is on {call.device}"
+    if _extension.load() is None:
+        return _extension.why_not()
+    if call.dtype not in _CPU_DTYPES:
+        return f"it has no kernel for {call.dtype}"
+    if call.act == "callable":
+        return "it has no kernel for an activation given as a callable"
+    if call.autocast:
+        return "under autocast the dtypes of activations and parameters differ"
+    return None
+
+
+def _missing(call: Call) -> str | None:
+    return f"this version has no {call.op} kernel for it"
+
+
+BACKENDS: dict[str, Callable[[Call], str | None]] = {
+    "torch": _torch,
+    "cpu": _cpu,
+    "triton": _missing,
+    "cuda": _missing,
+}
+
+
+def _cpu_slower(call: Call) -> str | None:
+    """Where plain PyTorch is known to be faster than the CPU kernels."""
+    if call.op == "mlp":
+        module = _extension.load()
+        native = {torch.bfloat16: "native_bf16", torch.float16: "native_fp16"}.get(call.dtype)
+        if native is not None and getattr(module, native)():
+            return f"this CPU multiplies {call.dtype} natively, which the kernel does not use yet"
+        if call.dtype == torch.float64:
+            return "float64 is there to check gradients, not for speed"
+    return None
+
+
+def explain(call: Call) -> dict[str, str | None]:
+    """For every backend in order of preference: None if "auto" would take it for `call`, else the reason."""
+    reasons = {name: BACKENDS[name](call) for name in PREFERENCE}
+    if reasons["cpu"] is None and (slower := _cpu_slower(call)) is not None:
+        reasons["cpu"] = slower
+    return reasons
+
+
+_state = threading.local()
+_resolved: dict[tuple[str, Call], str] = {}
+
+
+def check_name(name: str, source: str = "backend") -> str:
+    """`name` itself if it is "auto" or a backend; else a ValueError that says where it came from."""
+    if name != "auto" and name not in BACKENDS:
+        known = ", ".join(repr(known) for known in ("auto", *BACKENDS))
+        raise ValueError(f"{source} is {name!r}; it has to be one of {known}.")
+    return name
+
+
+_default = check_name(os.environ.get("POOLFORMER_BACKEND", "auto"), "POOLFORMER_BACKEND")
+
+
+def requested(backend: str | None = None) -> str:
+    """The name that rules now: the argument, the innermost `use_backend`, the environment, "auto"."""
+    if backend is not None:
+        return check_name(backend)
+    return getattr(_state, "backend", None) or _default
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Within this context and thread, run ops with backend `name` unless they are told otherwise.
+
+    A model that torch.compile has compiled keeps the backends that it was compiled with.
+    """
+    before = getattr(_state, "backend", None)
+    _state.backend = check_name(name)
+    try:
+        yield
+    finally:
+        _state.backend = before
+
+
+@torch.compiler.assume_constant_result
+def resolve(
+    op: str,
+    device: str,
+    dtype: torch.dtype,
+    act: str | None = None,
+    grad: bool = False,
+    autocast: bool = False,
+    backend: str | None = None,
+) -> str:
+    """The backend that runs this call.
+
+    Raises:
+        BackendUnavailable: the backend asked for by name cannot run it.
+    """
+    name = requested(backend)
+    call = Call(op, device, dtype, act, grad, autocast)
+    chosen = _resolved.get((name, call))
+    if chosen is None:
+        if name == "auto":
+            chosen = next(name for name, reason in explain(call).items() if reason is None)
+        elif (reason := BACKENDS[name](call)) is not None:
+            raise BackendUnavailable(
+                f'{op}: backend {name!r} cannot run this call: {reason}. Use backend="auto" to take '
+                "the best one that can; `python -m poolformer_kernels` shows them all."
+            )
+        else:
+            chosen = name
+        _resolved[name, call] = chosen
+    return chosen

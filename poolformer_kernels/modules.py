@@ -1,0 +1,316 @@
+"""nn.Modules over the fused ops, with the parameter names that PoolFormer checkpoints have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from . import backends
+from .ops import group_norm, mlp, pool_mixer
+from .ops._common import canonical_act, check_pool_size, is_autocast, needs_grad
+
+
+def draw_drop_path(x: Tensor, rate: float, dtype: torch.dtype | None = None) -> Tensor:
+    """One factor an image, 0 with probability `rate`, else 1 / (1 − rate): (B), float32 (float64).
+
+    Draws what Hugging Face's PoolFormerDropPath draws for a tensor of x's batch in `dtype` (x's own if
+    None), so that the same seed drops the same images.
+    """
+    keep = 1 - rate
+    uniform = torch.rand((x.shape[0], 1, 1, 1), dtype=dtype or x.dtype, device=x.device)
+    kept = torch.floor(uniform + keep).view(-1)
+    return kept.to(torch.float64 if x.dtype == torch.float64 else torch.float32) / keep
+
+
+def branch_dtypes(x: Tensor, layer_scale: Tensor | None) -> tuple[torch.dtype, torch.dtype]:
+    """The dtypes that eager gives (a scaled branch, the MLP's hidden): x's, unless autocast rules."""
+    if not is_autocast(x):
+        return x.dtype, x.dtype
+    lower = torch.get_autocast_dtype(x.device.type)
+    normed = torch.float32 if x.device.type == "cuda" else x.dtype
+    return normed if layer_scale is None else torch.result_type(x, layer_scale), lower
+
+
+def shares_stats(x: Tensor, act: str, grad: bool, backend: str | None) -> bool:
+    """Whether the block's ops hand statistics to one another: all backends but "torch" do."""
+    device, autocast = x.device.type, is_autocast(x)
+    mixer = backends.resolve("pool_mixer", device, x.dtype, None, grad, autocast, backend)
+    channel = backends.resolve("mlp", device, x.dtype, act, grad, autocast, backend)
+    return "torch" not in (mixer, channel)
+
+
+class GroupNorm(nn.GroupNorm):
+    """torch.nn.GroupNorm as one fused op. x: (B, C, H, W) → (B, C, H, W)."""
+
+    backend: str | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return group_norm(
+            x,
+            self.weight,
+            self.bias,
+            num_groups=self.num_groups,
+            eps=self.eps,
+            backend=self.backend,
+        )
+
+
+class PoolMixer(nn.Module):
+    """x + drop_path(layer_scale · (pool(norm(x)) − norm(x))). x: (B, C, H, W) → (B, C, H, W).
+
+    Parameters: norm.weight, norm.bias, layer_scale (absent if layer_scale_init_value is None); all (C).
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        pool_size: int = 3,
+        drop_path: float = 0.0,
+        layer_scale_init_value: float | None = 1e-5,
+        num_groups: int = 1,
+        eps: float = 1e-5,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        check_pool_size("PoolMixer", pool_size)
+        self.pool_size, self.drop_path, self.backend = pool_size, drop_path, backend
+        self.norm = nn.GroupNorm(num_groups, channels, eps)
+        self.register_parameter("layer_scale", _layer_scale(channels, layer_scale_init_value))
+
+    def forward(self, x: Tensor) -> Tensor:
+        k = None
+        if self.training and self.drop_path > 0:
+            k = draw_drop_path(x, self.drop_path, branch_dtypes(x, self.layer_scale)[0])
+        return pool_mixer(
+            x,
+            self.norm.weight,
+            self.norm.bias,
+            self.layer_scale,
+            k,
+            pool_size=self.pool_size,
+            num_groups=self.norm.num_groups,
+            eps=self.norm.eps,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        return f"pool_size={self.pool_size}, drop_path={self.drop_path}, backend={self.backend}"
+
+
+class Mlp(nn.Module):
+    """x + drop_path(layer_scale · fc2(act(fc1(norm(x))))). x: (B, C, H, W) → (B, C, H, W).
+
+    Parameters: norm.weight, norm.bias, layer_scale (absent if layer_scale_init_value is None), all (C);
+    fc1.weight (hidden, C, 1, 1), fc1.bias (hidden), fc2.weight (C, hidden, 1, 1), fc2.bias (C).
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        hidden_channels: int | None = None,
+        *,
+        act: str | Callable[[Tensor], Tensor] = "gelu",
+        drop_path: float = 0.0,
+        layer_scale_init_value: float | None = 1e-5,
+        num_groups: int = 1,
+        eps: float = 1e-5,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        canonical_act(act)
+        hidden_channels = hidden_channels or 4 * channels
+        self.act, self.drop_path, self.backend = act, drop_path, backend
+        self.norm = nn.GroupNorm(num_groups, channels, eps)
+        self.fc1 = nn.Conv2d(channels, hidden_channels, 1)
+        self.fc2 = nn.Conv2d(hidden_channels, channels, 1)
+        self.register_parameter("layer_scale", _layer_scale(channels, layer_scale_init_value))
+
+    def forward(self, x: Tensor) -> Tensor:
+        k = None
+        if self.training and self.drop_path > 0:
+            k = draw_drop_path(x, self.drop_path, branch_dtypes(x, self.layer_scale)[0])
+        return mlp(
+            x,
+            self.norm.weight,
+            self.norm.bias,
+            self.fc1.weight,
+            self.fc1.bias,
+            self.fc2.weight,
+            self.fc2.bias,
+            self.layer_scale,
+            k,
+            act=self.act,
+            num_groups=self.norm.num_groups,
+            eps=self.norm.eps,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        return f"act={self.act}, drop_path={self.drop_path}, backend={self.backend}"
+
+
+def _layer_scale(channels: int, init_value: float | None) -> nn.Parameter | None:
+    return None if init_value is None else nn.Parameter(torch.full((channels,), float(init_value)))
+
+
+class PoolFormerMlp(nn.Module):
+    """Holds the two 1×1 convolutions of a block under Hugging Face's names; the block's op runs them."""
+
+    def __init__(self, channels: int, hidden_channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, hidden_channels, 1)
+        self.conv2 = nn.Conv2d(hidden_channels, channels, 1)
+
+
+class PoolFormerBlock(nn.Module):
+    """A PoolFormer block as two fused ops, under Hugging Face's parameter names.
+
+    before_norm → pool − id → layer_scale_1 → drop path → add; after_norm → output.conv1 → act →
+    output.conv2 → layer_scale_2 → drop path → add. x: (B, C, H, W) → (B, C, H, W).
+
+    In training with drop_path > 0 it draws what Hugging Face's PoolFormerLayer draws, in its order: one
+    factor an image for the mixer, one after the activation, one after conv2, one for the MLP's branch.
+
+    Args:
+        channels: C.
+        hidden_channels: width of the MLP's hidden; 4 C if None.
+        pool_size: odd window of the token mixer.
+        hidden_act: "gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu", or a callable.
+        drop_path: rate in [0, 1).
+        use_layer_scale, layer_scale_init_value: whether there are layer scales, and their first value.
+        num_groups, eps: of both GroupNorms.
+        backend: "auto", "torch", "cpu", "triton" or "cuda"; None leaves the choice to `use_backend`.
+
+    Raises:
+        TypeError, ValueError: an argument that no block can be made of.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        hidden_channels: int | None = None,
+        *,
+        pool_size: int = 3,
+        hidden_act: str | Callable[[Tensor], Tensor] = "gelu",
+        drop_path: float = 0.0,
+        use_layer_scale: bool = True,
+        layer_scale_init_value: float = 1e-5,
+        num_groups: int = 1,
+        eps: float = 1e-5,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        check_pool_size("PoolFormerBlock", pool_size)
+        canonical_act(hidden_act)
+        if not 0 <= drop_path < 1:
+            raise ValueError(f"PoolFormerBlock: drop_path is {drop_path!r}; it has to be in [0, 1).")
+        self.pool_size, self.hidden_act = pool_size, hidden_act
+        self.drop_path, self.backend = drop_path, backend
+        self.before_norm = nn.GroupNorm(num_groups, channels, eps)
+        self.after_norm = nn.GroupNorm(num_groups, channels, eps)
+        self.output = PoolFormerMlp(channels, hidden_channels or 4 * channels)
+        scale = layer_scale_init_value if use_layer_scale else None
+        self.register_parameter("layer_scale_1", _layer_scale(channels, scale))
+        self.register_parameter("layer_scale_2", _layer_scale(channels, scale))
+
+    def forward(
+        self, x: Tensor, stats: Tensor | None = None, return_stats: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """`stats` and `return_stats` hand the statistics of x and of the result from block to block."""
+        k1 = k2 = hidden_drop_path = None
+        if self.training and self.drop_path > 0:
+            k1, hidden_drop_path, k2 = draw_block_drop_path(
+                x, self.drop_path, self.layer_scale_1, self.layer_scale_2
+            )
+        return fused_block(
+            x,
+            self.before_norm,
+            self.after_norm,
+            self.output.conv1,
+            self.output.conv2,
+            self.layer_scale_1,
+            self.layer_scale_2,
+            (k1, hidden_drop_path, k2),
+            pool_size=self.pool_size,
+            act=self.hidden_act,
+            backend=self.backend,
+            stats=stats,
+            return_stats=return_stats,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"pool_size={self.pool_size}, hidden_act={self.hidden_act}, drop_path={self.drop_path}, "
+            f"backend={self.backend}"
+        )
+
+
+def draw_block_drop_path(
+    x: Tensor, rate: float, layer_scale_1: Tensor | None, layer_scale_2: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Hugging Face's four draws of a block, as the factors (mixer, hidden, MLP branch), each (B)."""
+    mixer, lower = branch_dtypes(x, layer_scale_1)
+    k1 = draw_drop_path(x, rate, mixer)
+    after_act = draw_drop_path(x, rate, lower)
+    after_fc2 = draw_drop_path(x, rate, lower)
+    promoted = lower if layer_scale_2 is None else torch.promote_types(lower, layer_scale_2.dtype)
+    return k1, after_act, after_fc2 * draw_drop_path(x, rate, promoted)
+
+
+def fused_block(
+    x: Tensor,
+    norm1: nn.GroupNorm,
+    norm2: nn.GroupNorm,
+    fc1: nn.Conv2d,
+    fc2: nn.Conv2d,
+    layer_scale_1: Tensor | None,
+    layer_scale_2: Tensor | None,
+    factors: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None),
+    *,
+    pool_size: int,
+    act: str | Callable[[Tensor], Tensor],
+    backend: str | None = None,
+    stats: Tensor | None = None,
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Both halves of a block from the modules that hold its parameters; factors: (mixer, hidden, MLP)."""
+    k1, hidden_drop_path, k2 = factors
+    grad = needs_grad(x, fc1.weight, fc2.weight)
+    shares = norm1.num_groups == norm2.num_groups and shares_stats(
+        x, canonical_act(act), grad, backend
+    )
+    y = pool_mixer(
+        x,
+        norm1.weight,
+        norm1.bias,
+        layer_scale_1,
+        k1,
+        pool_size=pool_size,
+        num_groups=norm1.num_groups,
+        eps=norm1.eps,
+        stats=stats,
+        return_stats=shares,
+        backend=backend,
+    )
+    y, stats = y if shares else (y, None)
+    return mlp(
+        y,
+        norm2.weight,
+        norm2.bias,
+        fc1.weight,
+        fc1.bias,
+        fc2.weight,
+        fc2.bias,
+        layer_scale_2,
+        k2,
+        hidden_drop_path,
+        act=act,
+        num_groups=norm2.num_groups,
+        eps=norm2.eps,
+        stats=stats,
+        return_stats=return_stats,
+        backend=backend,
+    )

@@ -1,0 +1,259 @@
+"""mlp: the channel MLP's half of a PoolFormer block, GroupNorm to residual, as one op."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import reference
+from ..backends import resolve
+from . import _common as common
+
+common.define(
+    "mlp_fwd(Tensor x, Tensor? stats, Tensor? norm_weight, Tensor? norm_bias, Tensor fc1_weight, "
+    "Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, Tensor? layer_scale, Tensor? drop_path, "
+    "Tensor? hidden_drop_path, str act, int num_groups, float eps, bool return_stats, str backend) "
+    "-> (Tensor z, Tensor saved, Tensor stats_out)"
+)
+common.define(
+    "mlp_bwd(Tensor dz, Tensor x, Tensor saved, Tensor? norm_weight, Tensor? norm_bias, "
+    "Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, Tensor? layer_scale, "
+    "Tensor? drop_path, Tensor? hidden_drop_path, str act, str backend) "
+    "-> (Tensor dx, Tensor dnorm_weight, Tensor dnorm_bias, Tensor dfc1_weight, Tensor dfc1_bias, "
+    "Tensor dfc2_weight, Tensor dfc2_bias, Tensor dlayer_scale)"
+)
+
+
+def _fake_forward(
+    x: Tensor,
+    stats: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    layer_scale: Tensor | None,
+    drop_path: Tensor | None,
+    hidden_drop_path: Tensor | None,
+    act: str,
+    num_groups: int,
+    eps: float,
+    return_stats: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    z = common.empty_like_op_output(x)
+    return z, common.fake_saved(x, num_groups), common.fake_stats(x, num_groups, return_stats)
+
+
+def _fake_backward(
+    dz: Tensor,
+    x: Tensor,
+    saved: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    *args: Any,
+) -> tuple[Tensor, ...]:
+    hidden, channels = fc1_weight.shape[0], x.shape[1]
+    shapes: tuple[Any, ...] = (channels, channels, fc1_weight.shape, hidden, fc2_weight.shape)
+    grads = (x.new_empty(shape) for shape in (*shapes, channels, channels))
+    return common.empty_like_op_output(x), *grads
+
+
+def _backward(
+    dz: Tensor,
+    x: Tensor,
+    saved: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    layer_scale: Tensor | None,
+    drop_path: Tensor | None,
+    hidden_drop_path: Tensor | None,
+    act: str,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    grads = reference.mlp_backward(
+        dz,
+        x,
+        saved,
+        norm_weight,
+        norm_bias,
+        fc1_weight,
+        fc1_bias,
+        fc2_weight,
+        fc2_bias,
+        layer_scale,
+        drop_path,
+        hidden_drop_path,
+        act,
+    )
+    return common.finish_backward(x, grads)
+
+
+common.register_fake("mlp_fwd", _fake_forward)
+common.register_fake("mlp_bwd", _fake_backward)
+common.LIBRARY.impl("mlp_bwd", _backward, "CompositeExplicitAutograd")
+
+
+class MlpFunction(torch.autograd.Function):
+    """Autograd of `mlp`. Saves x and two numbers per image and group; the hidden is recomputed."""
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        norm_weight: Tensor | None,
+        norm_bias: Tensor | None,
+        fc1_weight: Tensor,
+        fc1_bias: Tensor | None,
+        fc2_weight: Tensor,
+        fc2_bias: Tensor | None,
+        layer_scale: Tensor | None,
+        drop_path: Tensor | None,
+        hidden_drop_path: Tensor | None,
+        stats: Tensor | None,
+        act: str,
+        num_groups: int,
+        eps: float,
+        return_stats: bool,
+        backend: str,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.ops.poolformer_kernels.mlp_fwd(
+            x,
+            stats,
+            norm_weight,
+            norm_bias,
+            fc1_weight,
+            fc1_bias,
+            fc2_weight,
+            fc2_bias,
+            layer_scale,
+            drop_path,
+            hidden_drop_path,
+            act,
+            num_groups,
+            eps,
+            return_stats,
+            backend,
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, *tensors = inputs[:10]
+        _, saved, stats_out = output
+        ctx.mark_non_differentiable(saved, stats_out)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, saved, *tensors)
+        ctx.act, ctx.backend = inputs[11], inputs[15]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dz: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if dz is None:
+            return (None,) * 16
+        x, saved, *tensors = ctx.saved_tensors
+        dx, *grads = torch.ops.poolformer_kernels.mlp_bwd(
+            dz, x, saved, *tensors, ctx.act, ctx.backend
+        )
+        given = (None if t is None else grad for t, grad in zip(tensors[:7], grads, strict=True))
+        return dx, *given, *(None,) * 8
+
+
+def mlp(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    layer_scale: Tensor | None = None,
+    drop_path: Tensor | None = None,
+    hidden_drop_path: Tensor | None = None,
+    *,
+    act: str | Callable[[Tensor], Tensor] = "gelu",
+    num_groups: int = 1,
+    eps: float = 1e-5,
+    stats: Tensor | None = None,
+    return_stats: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """z = x + drop_path · layer_scale · fc2(hidden_drop_path · act(fc1(GN(x)))), fc being 1×1 convolutions.
+
+    Args:
+        x: (B, C, H, W), NCHW or channels_last, float32, bfloat16, float16 or float64.
+        norm_weight, norm_bias: (C).
+        fc1_weight: (hidden, C) or (hidden, C, 1, 1); fc1_bias: (hidden) or None.
+        fc2_weight: (C, hidden) or (C, hidden, 1, 1); fc2_bias: (C) or None.
+        layer_scale: (C).
+        drop_path, hidden_drop_path: (B), the factors of each image's branch and hidden: 0, or
+            1 / (1 − rate). float32 or x's dtype.
+        act: "gelu" (erf), "gelu_pytorch_tanh" (also "gelu_new"), "relu", "silu", or a callable, which
+            only the "torch" backend runs.
+        num_groups: of the GroupNorm; it divides C.
+        stats: (B, G, P, 3), what the op that made x returned for return_stats=True: partial statistics
+            (count, mean, M2) of x. They only save the time to compute them.
+        return_stats: return (z, statistics of z).
+        backend: "auto", "torch", "cpu", "triton" or "cuda"; see `use_backend`.
+
+    Returns:
+        z: (B, C, H, W) in x's dtype and layout; with return_stats also (B, G, P, 3) in float32 (float64).
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, with what would.
+        BackendUnavailable: `backend` cannot run this call.
+
+    Source: MetaFormer Is Actually What You Need for Vision, arXiv:2111.11418, equation 3.
+    """
+    common.check_input("mlp", x, num_groups, eps)
+    act_name = common.canonical_act(act)
+    autocast, vector = common.is_autocast(x), (x.shape[1],)
+    hidden = common.check_weights("mlp", fc1_weight, fc2_weight, x, autocast)
+    common.check_parameter("mlp", "norm_weight", norm_weight, vector, x, autocast)
+    common.check_parameter("mlp", "norm_bias", norm_bias, vector, x, autocast)
+    common.check_parameter("mlp", "fc1_bias", fc1_bias, (hidden,), x, autocast)
+    common.check_parameter("mlp", "fc2_bias", fc2_bias, vector, x, autocast)
+    common.check_parameter("mlp", "layer_scale", layer_scale, vector, x, autocast)
+    common.check_factor("mlp", "drop_path", drop_path, x)
+    common.check_factor("mlp", "hidden_drop_path", hidden_drop_path, x)
+    common.check_stats("mlp", stats, x, num_groups)
+    grad = common.needs_grad(
+        x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale
+    )
+    backend = resolve("mlp", x.device.type, x.dtype, act_name, grad, autocast, backend)
+    parameters = (norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale)
+    if backend == "torch":
+        return reference.mlp(
+            x,
+            *parameters,
+            drop_path,
+            hidden_drop_path,
+            act=act if act_name == "callable" else act_name,
+            num_groups=num_groups,
+            eps=eps,
+            return_stats=return_stats,
+        )
+    run = MlpFunction.apply if grad else MlpFunction.forward
+    z, _, stats_out = run(
+        x,
+        *parameters,
+        drop_path,
+        hidden_drop_path,
+        stats,
+        act_name,
+        num_groups,
+        eps,
+        return_stats,
+        backend,
+    )
+    return (z, stats_out) if return_stats else z

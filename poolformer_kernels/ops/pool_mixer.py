@@ -1,0 +1,201 @@
+"""pool_mixer: the token mixer's half of a PoolFormer block, GroupNorm to residual, as one op."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import reference
+from ..backends import resolve
+from . import _common as common
+
+common.define(
+    "pool_mixer_fwd(Tensor x, Tensor? stats, Tensor? norm_weight, Tensor? layer_scale, "
+    "Tensor? drop_path, int pool_size, int num_groups, float eps, bool return_stats, str backend) "
+    "-> (Tensor y, Tensor saved, Tensor stats_out)"
+)
+common.define(
+    "pool_mixer_bwd(Tensor dy, Tensor x, Tensor saved, Tensor? norm_weight, Tensor? layer_scale, "
+    "Tensor? drop_path, int pool_size, str backend) "
+    "-> (Tensor dx, Tensor dnorm_weight, Tensor dlayer_scale)"
+)
+
+
+def _fake_forward(
+    x: Tensor,
+    stats: Tensor | None,
+    norm_weight: Tensor | None,
+    layer_scale: Tensor | None,
+    drop_path: Tensor | None,
+    pool_size: int,
+    num_groups: int,
+    eps: float,
+    return_stats: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    y = common.empty_like_op_output(x)
+    return y, common.fake_saved(x, num_groups), common.fake_stats(x, num_groups, return_stats)
+
+
+def _fake_backward(
+    dy: Tensor, x: Tensor, saved: Tensor, *args: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    channels = x.shape[1]
+    return common.empty_like_op_output(x), x.new_empty(channels), x.new_empty(channels)
+
+
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    saved: Tensor,
+    norm_weight: Tensor | None,
+    layer_scale: Tensor | None,
+    drop_path: Tensor | None,
+    pool_size: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    grads = reference.pool_mixer_backward(
+        dy, x, saved, norm_weight, layer_scale, drop_path, pool_size
+    )
+    return common.finish_backward(x, grads)
+
+
+common.register_fake("pool_mixer_fwd", _fake_forward)
+common.register_fake("pool_mixer_bwd", _fake_backward)
+common.LIBRARY.impl("pool_mixer_bwd", _backward, "CompositeExplicitAutograd")
+
+
+class PoolMixerFunction(torch.autograd.Function):
+    """Autograd of `pool_mixer`. Saves x and two numbers per image and group, no intermediate."""
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        norm_weight: Tensor | None,
+        norm_bias: Tensor | None,
+        layer_scale: Tensor | None,
+        drop_path: Tensor | None,
+        stats: Tensor | None,
+        pool_size: int,
+        num_groups: int,
+        eps: float,
+        return_stats: bool,
+        backend: str,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.ops.poolformer_kernels.pool_mixer_fwd(
+            x,
+            stats,
+            norm_weight,
+            layer_scale,
+            drop_path,
+            pool_size,
+            num_groups,
+            eps,
+            return_stats,
+            backend,
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, norm_weight, norm_bias, layer_scale, drop_path, _, pool_size, *_, backend = inputs
+        _, saved, stats_out = output
+        ctx.mark_non_differentiable(saved, stats_out)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, saved, norm_weight, norm_bias, layer_scale, drop_path)
+        ctx.pool_size, ctx.backend = pool_size, backend
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return (None,) * 11
+        x, saved, norm_weight, norm_bias, layer_scale, drop_path = ctx.saved_tensors
+        dx, dnorm_weight, dlayer_scale = torch.ops.poolformer_kernels.pool_mixer_bwd(
+            dy, x, saved, norm_weight, layer_scale, drop_path, ctx.pool_size, ctx.backend
+        )
+        return (
+            dx,
+            None if norm_weight is None else dnorm_weight,
+            None if norm_bias is None else torch.zeros_like(norm_bias),
+            None if layer_scale is None else dlayer_scale,
+            *(None,) * 7,
+        )
+
+
+def pool_mixer(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    layer_scale: Tensor | None = None,
+    drop_path: Tensor | None = None,
+    *,
+    pool_size: int = 3,
+    num_groups: int = 1,
+    eps: float = 1e-5,
+    stats: Tensor | None = None,
+    return_stats: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """y = x + drop_path · layer_scale · (pool(GN(x)) − GN(x)), pool being a pool_size² average.
+
+    Args:
+        x: (B, C, H, W), NCHW or channels_last, float32, bfloat16, float16 or float64.
+        norm_weight, norm_bias: (C), GroupNorm's γ and β. β cancels; its gradient is zeros.
+        layer_scale: (C).
+        drop_path: (B), the factor of each image's branch: 0, or 1 / (1 − rate). float32 or x's dtype.
+        pool_size: odd; windows are clipped at the border and divided by what is left of them.
+        num_groups: of the GroupNorm; it divides C.
+        stats: (B, G, P, 3), what the op that made x returned for return_stats=True: partial statistics
+            (count, mean, M2) of x. They only save the time to compute them.
+        return_stats: return (y, statistics of y).
+        backend: "auto", "torch", "cpu", "triton" or "cuda"; see `use_backend`.
+
+    Returns:
+        y: (B, C, H, W) in x's dtype and layout; with return_stats also (B, G, P, 3) in float32 (float64).
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, with what would.
+        BackendUnavailable: `backend` cannot run this call.
+
+    Source: MetaFormer Is Actually What You Need for Vision, arXiv:2111.11418, Algorithm 1.
+    """
+    common.check_input("pool_mixer", x, num_groups, eps)
+    common.check_pool_size("pool_mixer", pool_size)
+    autocast, vector = common.is_autocast(x), (x.shape[1],)
+    common.check_parameter("pool_mixer", "norm_weight", norm_weight, vector, x, autocast)
+    common.check_parameter("pool_mixer", "norm_bias", norm_bias, vector, x, autocast)
+    common.check_parameter("pool_mixer", "layer_scale", layer_scale, vector, x, autocast)
+    common.check_factor("pool_mixer", "drop_path", drop_path, x)
+    common.check_stats("pool_mixer", stats, x, num_groups)
+    grad = common.needs_grad(x, norm_weight, norm_bias, layer_scale)
+    backend = resolve("pool_mixer", x.device.type, x.dtype, None, grad, autocast, backend)
+    if backend == "torch":
+        return reference.pool_mixer(
+            x,
+            norm_weight,
+            norm_bias,
+            layer_scale,
+            drop_path,
+            pool_size=pool_size,
+            num_groups=num_groups,
+            eps=eps,
+            return_stats=return_stats,
+        )
+    run = PoolMixerFunction.apply if grad else PoolMixerFunction.forward
+    y, _, stats_out = run(
+        x,
+        norm_weight,
+        norm_bias,
+        layer_scale,
+        drop_path,
+        stats,
+        pool_size,
+        num_groups,
+        eps,
+        return_stats,
+        backend,
+    )
+    return (y, stats_out) if return_stats else y
