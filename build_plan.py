@@ -30,6 +30,8 @@ class Machine:
     cuda_home: str | None = None  # root of the toolkit
     nvcc: str | None = None  # version of nvcc, such as "13.0"
     nvcc_archs: tuple[str, ...] = ()  # such as "8.0"
+    gpus: int = 0  # visible to PyTorch
+    windows: bool = False
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ class Plan:
 
 
 def _no_compiler(machine: Machine) -> str | None:
+    if machine.windows:
+        return "the extension is built on Linux and macOS only: use WSL2"
     if machine.compiler is None:
         return (
             "no C++ compiler was found: install one (`apt install g++`, `dnf install gcc-c++`) "
@@ -77,21 +81,32 @@ def _no_cuda(machine: Machine) -> str | None:
 
 def _archs(asked: str | None, machine: Machine) -> str:
     """The architectures to compile for; those asked for must all be known to nvcc."""
-    if asked:
-        names = [a for a in re.split(r"[;,\s]+", asked) if a]
-        for name in names:
-            number = re.fullmatch(r"(\d+\.\d+)[af]?(\+PTX)?", name)
-            if number and number.group(1) not in machine.nvcc_archs:
-                raise BuildError(
-                    f"TORCH_CUDA_ARCH_LIST has {name}, which nvcc {machine.nvcc} cannot compile "
-                    f"(it can: {', '.join(machine.nvcc_archs)}): leave it out, or use another nvcc"
-                )
+    known = ", ".join(machine.nvcc_archs)
+    names = [name for name in re.split(r"[;,\s]+", asked or "") if name]
+    for name in names:
+        number = re.fullmatch(r"(\d+\.\d)[af]?(\+PTX)?", name)
+        if number and number.group(1) not in machine.nvcc_archs:
+            raise BuildError(
+                f"TORCH_CUDA_ARCH_LIST has {name}, which nvcc {machine.nvcc} cannot compile "
+                f"(it can: {known}): leave it out, or use another toolkit"
+            )
+        if name == "native" and not machine.gpus:
+            raise BuildError(
+                "TORCH_CUDA_ARCH_LIST is native, and no GPU is visible here: name the compute "
+                f"capabilities instead, such as {DEFAULT_ARCHS}"
+            )
+        if not number and not re.fullmatch(r"native|[A-Z][a-z]+(\+Tegra|\+PTX)?", name):
+            raise BuildError(
+                f"TORCH_CUDA_ARCH_LIST has {name!r}, which is no compute capability: write "
+                f"numbers such as {DEFAULT_ARCHS}"
+            )
+    if names:
         return ";".join(names)
     names = [a for a in DEFAULT_ARCHS.split(";") if a.removesuffix("+PTX") in machine.nvcc_archs]
     if not names:
         raise BuildError(
-            f"nvcc {machine.nvcc} knows none of {DEFAULT_ARCHS}: set TORCH_CUDA_ARCH_LIST to the "
-            "compute capability of your GPU, or use a newer toolkit"
+            f"nvcc {machine.nvcc} knows none of {DEFAULT_ARCHS} (it can: {known}): set "
+            "TORCH_CUDA_ARCH_LIST, or use another toolkit"
         )
     return ";".join([*names[:-1], names[-1].removesuffix("+PTX") + "+PTX"])
 
@@ -110,7 +125,7 @@ def plan(request: str, machine: Machine | None, arch_list: str | None = None) ->
         )
     lack = _no_compiler(machine)
     if lack and request == "auto":
-        return Plan("none", f"no extension, plain PyTorch is used: {lack}")
+        return Plan("none", f"no extension, plain PyTorch is used: {lack}; then install again")
     if lack:
         raise BuildError(f"POOLFORMER_BUILD={request}: {lack}")
     if request == "cpu":
@@ -134,7 +149,8 @@ def _output(*command: str) -> str:
 
 def find_compiler() -> str | None:
     """The C++ compiler: CXX, or the first of c++, g++, clang++ that runs."""
-    for name in (os.environ["CXX"],) if os.environ.get("CXX") else ("c++", "g++", "clang++"):
+    names = (os.environ["CXX"],) if os.environ.get("CXX") else ("c++", "g++", "clang++")
+    for name in names:
         if _output(*name.split(), "--version"):
             return name
     return None
@@ -168,8 +184,18 @@ def find_machine() -> Machine | None:
             raise
         return None
     headers = Path(sysconfig.get_path("include"), "Python.h").is_file()
-    cuda = find_cuda() if torch.version.cuda else (None, None, ())
-    return Machine(torch.__version__, torch.version.cuda, find_compiler(), headers, *cuda)
+    home, nvcc, archs = find_cuda() if torch.version.cuda else (None, None, ())
+    return Machine(
+        torch=torch.__version__,
+        torch_cuda=torch.version.cuda,
+        compiler=find_compiler(),
+        python_headers=headers,
+        cuda_home=home,
+        nvcc=nvcc,
+        nvcc_archs=archs,
+        gpus=torch.cuda.device_count(),
+        windows=os.name == "nt",
+    )
 
 
 def jobs(asked: str | None, cores: int, memory: int) -> int:

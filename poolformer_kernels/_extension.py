@@ -19,7 +19,6 @@ from typing import Any
 
 RECORD = "_C.json"
 FOLDER = Path(__file__).resolve().parent
-REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
 # What must be equal when building and when loading, in the order in which it is reported.
 MUST_MATCH = {
     "platform": "platform",
@@ -43,42 +42,47 @@ def environment() -> dict[str, Any]:
     }
 
 
+def _rebuild() -> str:
+    if (FOLDER.parent / "setup.py").exists():
+        return f"rebuild it: `python setup.py build_ext --inplace` in {FOLDER.parent}"
+    return (
+        "rebuild it: `pip install --no-build-isolation --force-reinstall --no-deps .` in its source"
+    )
+
+
+def _read_record(folder: Path) -> dict[str, Any]:
+    record = json.loads((folder / RECORD).read_text())
+    if not isinstance(record, dict):
+        raise ValueError(f"a {type(record).__name__} where an object has to be")
+    return record
+
+
 def check(folder: Path, running: dict[str, Any]) -> str | None:
     """Why the extension in `folder` cannot be loaded by the `running` environment, or None."""
-    suffix = importlib.machinery.EXTENSION_SUFFIXES[0]
-    here = folder / f"_C{suffix}"
+    here = folder / f"_C{importlib.machinery.EXTENSION_SUFFIXES[0]}"
     others = sorted(p.name for p in folder.glob("_C.*") if p.suffix in (".so", ".pyd"))
-    if not here.exists() and not others:
-        return (
-            "the extension is not built (plain PyTorch is used): to build it, install a C++ "
-            f"compiler and run `{REBUILD}` in the source tree"
-        )
+    if not others:
+        note = (build_info(folder) or {}).get("note", "it needs a C++ compiler")
+        return f"the extension is not built ({note}): {_rebuild()}"
     if not here.exists():
         return (
-            f"the extension was built for another Python ({', '.join(others)}; this one needs "
-            f"{here.name}): rebuild it with `{REBUILD}` in the source tree"
+            f"the extension was built for another Python ({', '.join(others)}, and this one needs "
+            f"{here.name}): {_rebuild()}"
         )
     try:
-        record = json.loads((folder / RECORD).read_text())
-        different = [k for k in MUST_MATCH if record[k] != running[k]]
+        record = _read_record(folder)
+        different = [key for key in MUST_MATCH if record[key] != running[key]]
     except FileNotFoundError:
-        return (
-            f"{here.name} has no build record ({RECORD}), so what it was built for is unknown: "
-            f"rebuild it with `{REBUILD}` in the source tree"
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return (
-            f"the build record {RECORD} is unreadable ({type(error).__name__}: {error}): "
-            f"rebuild with `{REBUILD}` in the source tree"
-        )
-    if different:
-        was = ", ".join(f"{MUST_MATCH[k]} {record[k]}" for k in different)
-        now = ", ".join(f"{MUST_MATCH[k]} {running[k]}" for k in different)
-        return (
-            f"the extension was built for {was}, and this is {now}: rebuild it with `{REBUILD}` "
-            "in the source tree"
-        )
-    return None
+        return f"{here.name} has no record of what it was built for ({RECORD}): {_rebuild()}"
+    except KeyError as error:
+        return f"the build record {RECORD} lacks {error}: {_rebuild()}"
+    except (OSError, ValueError) as error:
+        return f"the build record {RECORD} cannot be read ({error}): {_rebuild()}"
+    if not different:
+        return None
+    built = ", ".join(f"{MUST_MATCH[key]} {record[key]}" for key in different)
+    now = ", ".join(f"{MUST_MATCH[key]} {running[key]}" for key in different)
+    return f"the extension was built for {built}, and this is {now}: {_rebuild()}"
 
 
 @functools.cache
@@ -87,13 +91,10 @@ def _loaded() -> tuple[ModuleType | None, str | None]:
         reason = check(FOLDER, environment())
         if reason is not None:
             return None, reason
-        return importlib.import_module("poolformer_kernels._C"), None
+        return importlib.import_module(f"{__package__}._C"), None
     except Exception as error:
         first = (str(error).strip().splitlines() or ["no message"])[0]
-        return None, (
-            f"the extension did not load ({type(error).__name__}: {first}): rebuild it with "
-            f"`{REBUILD}` in the source tree"
-        )
+        return None, f"the extension failed to load ({type(error).__name__}: {first}): {_rebuild()}"
 
 
 def load() -> ModuleType | None:
@@ -106,10 +107,13 @@ def why_not() -> str | None:
     return _loaded()[1]
 
 
-def build_info() -> dict[str, Any] | None:
-    """The build record (torch, CUDA, architectures, compiler, ...), or None if there is none."""
+def build_info(folder: Path = FOLDER) -> dict[str, Any] | None:
+    """The build record, or None if there is none.
+
+    Keys: mode ("cuda", "cpu" or "none"), note (why that mode) and, where there is an extension,
+    those of `MUST_MATCH`, torch_version, cuda_archs, nvcc and compiler.
+    """
     try:
-        record = json.loads((FOLDER / RECORD).read_text())
+        return _read_record(folder)
     except (OSError, ValueError):
         return None
-    return record if isinstance(record, dict) else None
