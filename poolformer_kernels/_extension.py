@@ -24,8 +24,8 @@ MUST_MATCH = {
     "platform": "platform",
     "python": "Python",
     "torch": "PyTorch",
-    "cuda": "CUDA (of PyTorch)",
-    "cxx11_abi": "C++11 ABI (of PyTorch)",
+    "cuda": "CUDA",
+    "cxx11_abi": "C++11 ABI",
 }
 
 
@@ -42,12 +42,10 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _rebuild() -> str:
+def _cure() -> str:
     if (FOLDER.parent / "setup.py").exists():
-        return f"rebuild it: `python setup.py build_ext --inplace` in {FOLDER.parent}"
-    return (
-        "rebuild it: `pip install --no-build-isolation --force-reinstall --no-deps .` in its source"
-    )
+        return f"run `python setup.py build_ext --inplace` in {FOLDER.parent}"
+    return "run `pip install --no-build-isolation --force-reinstall --no-deps .` in the source tree"
 
 
 def _read_record(folder: Path) -> dict[str, Any]:
@@ -63,26 +61,26 @@ def check(folder: Path, running: dict[str, Any]) -> str | None:
     others = sorted(p.name for p in folder.glob("_C.*") if p.suffix in (".so", ".pyd"))
     if not others:
         note = (build_info(folder) or {}).get("note", "it needs a C++ compiler")
-        return f"the extension is not built ({note}): {_rebuild()}"
+        return f"the extension is not built ({note}): {_cure()}"
     if not here.exists():
         return (
             f"the extension was built for another Python ({', '.join(others)}, and this one needs "
-            f"{here.name}): {_rebuild()}"
+            f"{here.name}): {_cure()}"
         )
     try:
         record = _read_record(folder)
         different = [key for key in MUST_MATCH if record[key] != running[key]]
     except FileNotFoundError:
-        return f"{here.name} has no record of what it was built for ({RECORD}): {_rebuild()}"
+        return f"{here.name} has no record of what it was built for ({RECORD}): {_cure()}"
     except KeyError as error:
-        return f"the build record {RECORD} lacks {error}: {_rebuild()}"
+        return f"the build record {RECORD} lacks {error}: {_cure()}"
     except (OSError, ValueError) as error:
-        return f"the build record {RECORD} cannot be read ({error}): {_rebuild()}"
+        return f"the build record {RECORD} cannot be read ({error}): {_cure()}"
     if not different:
         return None
     built = ", ".join(f"{MUST_MATCH[key]} {record[key]}" for key in different)
     now = ", ".join(f"{MUST_MATCH[key]} {running[key]}" for key in different)
-    return f"the extension was built for {built}, and this is {now}: {_rebuild()}"
+    return f"the extension was built for {built}, and this is {now}: {_cure()}"
 
 
 @functools.cache
@@ -94,7 +92,7 @@ def _loaded() -> tuple[ModuleType | None, str | None]:
         return importlib.import_module(f"{__package__}._C"), None
     except Exception as error:
         first = (str(error).strip().splitlines() or ["no message"])[0]
-        return None, f"the extension failed to load ({type(error).__name__}: {first}): {_rebuild()}"
+        return None, f"the extension failed to load ({type(error).__name__}: {first}): {_cure()}"
 
 
 def load() -> ModuleType | None:
