@@ -169,6 +169,9 @@ def test_alpha_is_composited_onto_white():
     grey = np.array([[[0, 0], [7, 255]]], dtype=np.uint8)
     image = bare(grey, input_data_format="channels_last")
     np.testing.assert_array_equal(image[0], [[255] * 3, [7] * 3])
+    clear = Image.fromarray(pattern(9, 8, 4)).quantize(16)  # a palette whose colours have alpha
+    assert (clear.mode, clear.palette.mode) == ("P", "RGBA")
+    np.testing.assert_array_equal(bare(clear), bare(clear.convert("RGBA")))
     # LAB has a band named A that is no alpha.
     assert bare(Image.new("LAB", (2, 2), (0, 128, 128))).max() < 5
 

@@ -147,11 +147,12 @@ def resized_shape(
 
 def _resize(image: np.ndarray, options: Options) -> np.ndarray:
     """With Pillow, in 8 bits: a floating image is quantised to 0..255, as transformers does."""
-    shape = resized_shape(*image.shape[:2], options.size, options.crop_pct)
+    height, width = image.shape[:2]
+    shape = resized_shape(height, width, options.size, options.crop_pct)
     limit = 2 * (Image.MAX_IMAGE_PIXELS or 1 << 62)
     if min(shape) < 1 or shape[0] * shape[1] > limit:
         raise ValueError(
-            f"an image of {image.shape[0]} x {image.shape[1]} pixels would be resized to "
+            f"an image of {height} x {width} pixels would be resized to "
             f"{shape[0]} x {shape[1]}; crop it first, or change size or crop_pct"
         )
     factor = _quantisation_factor(image)
