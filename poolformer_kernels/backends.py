@@ -1,9 +1,9 @@
 """Which implementation runs an op: one table, and the rule that picks from it.
 
-The rule: the op's `backend` argument, else the innermost `use_backend`, else the environment variable
-POOLFORMER_BACKEND (read when the package is imported), else "auto", which is the first backend of
-`PREFERENCE` that can run the call and is not known to be slower there. A backend that was asked for by
-name and cannot run the call is an error that says why.
+The rule: the op's `backend` argument, else the innermost `use_backend`, else the environment
+variable POOLFORMER_BACKEND (read when the package is imported), else "auto", which is the first
+backend of `PREFERENCE` that can run the call and is not known to be slower there. A backend that
+was asked for by name and cannot run the call is an error that says why.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ PREFERENCE = ("cuda", "triton", "cpu", "torch")
 
 
 class BackendUnavailable(RuntimeError):
-    """The backend that was asked for by name cannot run this call."""
-
+                f"{op}: backend {name!r} cannot run this call: {reason}. Pass backend='auto' to take "
+                "the best one that can; `python -m poolformer_kernels` shows them all."
 
 @dataclass(frozen=True)
 class Call:
@@ -84,7 +84,7 @@ def _cpu_slower(call: Call) -> str | None:
 
 
 def explain(call: Call) -> dict[str, str | None]:
-    """For every backend in order of preference: None if "auto" would take it for `call`, else the reason."""
+    """For each backend in order of preference: None if "auto" would take it, else the reason."""
     reasons = {name: BACKENDS[name](call) for name in PREFERENCE}
     if reasons["cpu"] is None and (slower := _cpu_slower(call)) is not None:
         reasons["cpu"] = slower
@@ -96,7 +96,7 @@ _resolved: dict[tuple[str, Call], str] = {}
 
 
 def check_name(name: str, source: str = "backend") -> str:
-    """`name` itself if it is "auto" or a backend; else a ValueError that says where it came from."""
+    """`name` itself if it is "auto" or a backend; else a ValueError that names its source."""
     if name != "auto" and name not in BACKENDS:
         known = ", ".join(repr(known) for known in ("auto", *BACKENDS))
         raise ValueError(f"{source} is {name!r}; it has to be one of {known}.")
@@ -107,7 +107,7 @@ _default = check_name(os.environ.get("POOLFORMER_BACKEND", "auto"), "POOLFORMER_
 
 
 def requested(backend: str | None = None) -> str:
-    """The name that rules now: the argument, the innermost `use_backend`, the environment, "auto"."""
+    """The name that rules: the argument, the innermost `use_backend`, the environment, "auto"."""
     if backend is not None:
         return check_name(backend)
     return getattr(_state, "backend", None) or _default
@@ -150,8 +150,8 @@ def resolve(
             chosen = next(name for name, reason in explain(call).items() if reason is None)
         elif (reason := BACKENDS[name](call)) is not None:
             raise BackendUnavailable(
-                f'{op}: backend {name!r} cannot run this call: {reason}. Use backend="auto" to take '
-                "the best one that can; `python -m poolformer_kernels` shows them all."
+                f'{op}: backend {name!r} cannot run this call: {reason}. Use backend="auto" to take
+                ' "the best one that can; `python -m poolformer_kernels` shows them all."
             )
         else:
             chosen = name

@@ -8,29 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from . import backends
+from .drop_path import branch_dtypes, draw_block_drop_path, draw_drop_path
 from .ops import group_norm, mlp, pool_mixer
 from .ops._common import canonical_act, check_pool_size, is_autocast, needs_grad
-
-
-def draw_drop_path(x: Tensor, rate: float, dtype: torch.dtype | None = None) -> Tensor:
-    """One factor an image, 0 with probability `rate`, else 1 / (1 − rate): (B), float32 (float64).
-
-    Draws what Hugging Face's PoolFormerDropPath draws for a tensor of x's batch in `dtype` (x's own if
-    None), so that the same seed drops the same images.
-    """
-    keep = 1 - rate
-    uniform = torch.rand((x.shape[0], 1, 1, 1), dtype=dtype or x.dtype, device=x.device)
-    kept = torch.floor(uniform + keep).view(-1)
-    return kept.to(torch.float64 if x.dtype == torch.float64 else torch.float32) / keep
-
-
-def branch_dtypes(x: Tensor, layer_scale: Tensor | None) -> tuple[torch.dtype, torch.dtype]:
-    """The dtypes that eager gives (a scaled branch, the MLP's hidden): x's, unless autocast rules."""
-    if not is_autocast(x):
-        return x.dtype, x.dtype
-    lower = torch.get_autocast_dtype(x.device.type)
-    normed = torch.float32 if x.device.type == "cuda" else x.dtype
-    return normed if layer_scale is None else torch.result_type(x, layer_scale), lower
 
 
 def shares_stats(x: Tensor, act: str, grad: bool, backend: str | None) -> bool:
@@ -60,7 +40,8 @@ class GroupNorm(nn.GroupNorm):
 class PoolMixer(nn.Module):
     """x + drop_path(layer_scale · (pool(norm(x)) − norm(x))). x: (B, C, H, W) → (B, C, H, W).
 
-    Parameters: norm.weight, norm.bias, layer_scale (absent if layer_scale_init_value is None); all (C).
+    Parameters: norm.weight, norm.bias, layer_scale (absent if layer_scale_init_value is None); all
+        (C).
     """
 
     def __init__(
@@ -103,8 +84,9 @@ class PoolMixer(nn.Module):
 class Mlp(nn.Module):
     """x + drop_path(layer_scale · fc2(act(fc1(norm(x))))). x: (B, C, H, W) → (B, C, H, W).
 
-    Parameters: norm.weight, norm.bias, layer_scale (absent if layer_scale_init_value is None), all (C);
-    fc1.weight (hidden, C, 1, 1), fc1.bias (hidden), fc2.weight (C, hidden, 1, 1), fc2.bias (C).
+    Parameters: norm.weight, norm.bias, layer_scale (absent if layer_scale_init_value is None), all
+    (C); fc1.weight (hidden, C, 1, 1), fc1.bias (hidden), fc2.weight (C, hidden, 1, 1), fc2.bias
+    (C).
     """
 
     def __init__(
@@ -157,7 +139,7 @@ def _layer_scale(channels: int, init_value: float | None) -> nn.Parameter | None
 
 
 class PoolFormerMlp(nn.Module):
-    """Holds the two 1×1 convolutions of a block under Hugging Face's names; the block's op runs them."""
+    """The two 1×1 convolutions of a block under Hugging Face's names; the block's op runs them."""
 
     def __init__(self, channels: int, hidden_channels: int) -> None:
         super().__init__()
@@ -171,8 +153,9 @@ class PoolFormerBlock(nn.Module):
     before_norm → pool − id → layer_scale_1 → drop path → add; after_norm → output.conv1 → act →
     output.conv2 → layer_scale_2 → drop path → add. x: (B, C, H, W) → (B, C, H, W).
 
-    In training with drop_path > 0 it draws what Hugging Face's PoolFormerLayer draws, in its order: one
-    factor an image for the mixer, one after the activation, one after conv2, one for the MLP's branch.
+    In training with drop_path > 0 it draws what Hugging Face's PoolFormerLayer draws, in its order:
+    one factor an image for the mixer, one after the activation, one after conv2, one for the MLP's
+    branch.
 
     Args:
         channels: C.
@@ -180,9 +163,11 @@ class PoolFormerBlock(nn.Module):
         pool_size: odd window of the token mixer.
         hidden_act: "gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu", or a callable.
         drop_path: rate in [0, 1).
-        use_layer_scale, layer_scale_init_value: whether there are layer scales, and their first value.
+        use_layer_scale, layer_scale_init_value: whether there are layer scales, and their first
+            value.
         num_groups, eps: of both GroupNorms.
-        backend: "auto", "torch", "cpu", "triton" or "cuda"; None leaves the choice to `use_backend`.
+        backend: "auto", "torch", "cpu", "triton" or "cuda"; None leaves the choice to
+            `use_backend`.
 
     Raises:
         TypeError, ValueError: an argument that no block can be made of.
@@ -206,7 +191,9 @@ class PoolFormerBlock(nn.Module):
         check_pool_size("PoolFormerBlock", pool_size)
         canonical_act(hidden_act)
         if not 0 <= drop_path < 1:
-            raise ValueError(f"PoolFormerBlock: drop_path is {drop_path!r}; it has to be in [0, 1).")
+            raise ValueError(
+                f"PoolFormerBlock: drop_path is {drop_path!r}; it has to be in [0, 1)."
+            )
         self.pool_size, self.hidden_act = pool_size, hidden_act
         self.drop_path, self.backend = drop_path, backend
         self.before_norm = nn.GroupNorm(num_groups, channels, eps)
@@ -219,7 +206,7 @@ class PoolFormerBlock(nn.Module):
     def forward(
         self, x: Tensor, stats: Tensor | None = None, return_stats: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """`stats` and `return_stats` hand the statistics of x and of the result from block to block."""
+        """`stats` and `return_stats` hand statistics of x and of the result from block to block."""
         k1 = k2 = hidden_drop_path = None
         if self.training and self.drop_path > 0:
             k1, hidden_drop_path, k2 = draw_block_drop_path(
@@ -243,21 +230,9 @@ class PoolFormerBlock(nn.Module):
 
     def extra_repr(self) -> str:
         return (
-            f"pool_size={self.pool_size}, hidden_act={self.hidden_act}, drop_path={self.drop_path}, "
-            f"backend={self.backend}"
+            f"pool_size={self.pool_size}, hidden_act={self.hidden_act}, "
+            f"drop_path={self.drop_path}, backend={self.backend}"
         )
-
-
-def draw_block_drop_path(
-    x: Tensor, rate: float, layer_scale_1: Tensor | None, layer_scale_2: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Hugging Face's four draws of a block, as the factors (mixer, hidden, MLP branch), each (B)."""
-    mixer, lower = branch_dtypes(x, layer_scale_1)
-    k1 = draw_drop_path(x, rate, mixer)
-    after_act = draw_drop_path(x, rate, lower)
-    after_fc2 = draw_drop_path(x, rate, lower)
-    promoted = lower if layer_scale_2 is None else torch.promote_types(lower, layer_scale_2.dtype)
-    return k1, after_act, after_fc2 * draw_drop_path(x, rate, promoted)
 
 
 def fused_block(
@@ -276,7 +251,7 @@ def fused_block(
     stats: Tensor | None = None,
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Both halves of a block from the modules that hold its parameters; factors: (mixer, hidden, MLP)."""
+    """Both halves of a block, from modules with its parameters; factors (mixer, hidden, MLP)."""
     k1, hidden_drop_path, k2 = factors
     grad = needs_grad(x, fc1.weight, fc2.weight)
     shares = norm1.num_groups == norm2.num_groups and shares_stats(

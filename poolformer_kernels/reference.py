@@ -1,8 +1,9 @@
 """Every op in plain PyTorch, forward and backward.
 
-The forwards are the specification: what eager PoolFormer computes, operator by operator. In float64 on
-contiguous CPU tensors they are the oracle of the test suite, and they are the "torch" backend. The
-backwards are the formulas that fused kernels implement; they run on tensors of any layout and device.
+The forwards are the specification: what eager PoolFormer computes, operator by operator. In float64
+on contiguous CPU tensors they are the oracle of the test suite, and they are the "torch" backend.
+The backwards are the formulas that fused kernels implement; they run on tensors of any layout and
+device.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def pool(x: Tensor, pool_size: int) -> Tensor:
-    """Average over the part of each pool_size² window that lies inside the image. x: (B, C, H, W)."""
+    """Average over the part of each pool_size² window that is in the image. x: (B, C, H, W)."""
     return F.avg_pool2d(x, pool_size, stride=1, padding=pool_size // 2, count_include_pad=False)
 
 
@@ -85,7 +86,7 @@ def pool_mixer(
     stats: Tensor | None = None,
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """x + k·ls·(pool(GN(x)) − GN(x)). `stats` is a cache that this implementation does not need."""
+    """x + k·ls·(pool(GN(x)) − GN(x)). `stats` is a cache that this does not need."""
     normed = torch.group_norm(x, num_groups, norm_weight, norm_bias, eps)
     y = _residual(x, pool(normed, pool_size) - normed, layer_scale, drop_path)
     return (y, statistics(y.detach(), num_groups)) if return_stats else y
@@ -109,7 +110,7 @@ def mlp(
     stats: Tensor | None = None,
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """x + k·ls·(fc2(ka·act(fc1(GN(x))))). `stats` is a cache that this implementation does not need."""
+    """x + k·ls·fc2(ka·act(fc1(GN(x)))). `stats` is a cache that this does not need."""
     activation = ACTIVATIONS[act] if isinstance(act, str) else act
     normed = torch.group_norm(x, num_groups, norm_weight, norm_bias, eps)
     hidden = activation(F.conv2d(normed, fc1_weight.view(*fc1_weight.shape[:2], 1, 1), fc1_bias))
@@ -129,12 +130,12 @@ def group_norm(
     eps: float = 1e-5,
     stats: Tensor | None = None,
 ) -> Tensor:
-    """(x − μ)·r·γ + β per image and group. `stats` is a cache that this implementation does not need."""
+    """(x − μ)·r·γ + β per image and group. `stats` is a cache that this does not need."""
     return torch.group_norm(x, num_groups, weight, bias, eps)
 
 
-# Backwards. Symbols: g = dL/dy, μ and r the saved mean and 1/std, x̂ = (x − μ)·r, s = layer_scale·γ, k the
-# drop-path factor, n the number of elements of one group of one image.
+# Backwards. Symbols: g = dL/dy, μ and r the saved mean and 1/std, x̂ = (x − μ)·r, s =
+# layer_scale·γ, k the # drop-path factor, n the number of elements of one group of one image.
 
 
 def _per_channel(saved: Tensor, channels: int) -> tuple[Tensor, Tensor]:

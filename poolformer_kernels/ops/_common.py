@@ -1,4 +1,4 @@
-"""What all ops share: the dispatcher library, the checks of arguments, and the layout of outputs."""
+"""What all ops share: the dispatcher library, the checks of arguments, the layout of outputs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def register_fake(name: str, fake: Callable[..., Any]) -> None:
 
 
 def empty_like_op_output(x: Tensor) -> Tensor:
-    """What an op returns for x: dense, in the memory format that x suggests. The kernels do the same."""
+    """What an op returns for x: dense, in the memory format that x suggests, as kernels do."""
     return torch.empty_like(x, memory_format=suggest_memory_format(x))
 
 
@@ -40,13 +40,13 @@ def fake_saved(x: Tensor, num_groups: int) -> Tensor:
 
 
 def fake_stats(x: Tensor, num_groups: int, return_stats: bool) -> Tensor:
-    """The partial statistics that an op returns beside its output; the "cpu" backend merges them to one."""
+    """The partial statistics beside an op's output; the "cpu" backend merges them to one."""
     shape = (x.shape[0], num_groups, 1, 3) if return_stats else (0,)
     return x.new_empty(shape, dtype=accumulate_dtype(x.dtype))
 
 
 def finish_backward(x: Tensor, grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Gradients (dx, parameters') as ops return them: in x's dtype, dense, dx in x's memory format."""
+    """Gradients (dx, parameters') as ops return them: dense, in x's dtype and memory format."""
     dx, *parameters = grads
     dense = (grad.to(x.dtype).contiguous() for grad in parameters)
     return empty_like_op_output(x).copy_(dx), *dense
@@ -81,8 +81,8 @@ def check_input(op: str, x: Tensor, num_groups: int, eps: float) -> None:
         raise TypeError(f"{op}: x is a {type(x).__name__}; it has to be a torch.Tensor.")
     if x.dim() != 4:
         raise ValueError(
-            f"{op}: x has shape {tuple(x.shape)}; it has to be (B, C, H, W). Add the missing dimension "
-            "with x.unsqueeze(0), or reshape tokens (B, N, C) to images."
+            f"{op}: x has shape {tuple(x.shape)}; it has to be (B, C, H, W). Add the missing "
+            "dimension with x.unsqueeze(0), or reshape tokens (B, N, C) to images."
         )
     if x.dtype not in DTYPES:
         raise TypeError(
@@ -105,8 +105,8 @@ def check_pool_size(op: str, pool_size: int) -> None:
     """Refuse a window that has no centre."""
     if type(pool_size) is not int or pool_size < 1 or pool_size % 2 == 0:
         raise ValueError(
-            f"{op}: pool_size is {pool_size!r}; it has to be an odd positive int. An even window changes "
-            "the image's size, so that the result cannot be subtracted from it."
+            f"{op}: pool_size is {pool_size!r}; it has to be an odd positive int. An even window "
+            "changes the image's size, so that the result cannot be subtracted from it."
         )
 
 
@@ -126,11 +126,11 @@ def check_parameter(
         )
     if t.device != x.device:
         raise ValueError(
-            f"{op}: {name} is on {t.device} and x on {x.device}; move both to one device with .to()."
+            f"{op}: {name} is on {t.device} and x is on {x.device}; move one with .to(device)."
         )
     raise TypeError(
-        f"{op}: {name} is {t.dtype} and x is {x.dtype}; nothing is cast silently. Convert one of them "
-        "with .to(), or run under torch.autocast."
+        f"{op}: {name} is {t.dtype} and x is {x.dtype}; nothing is cast silently. Convert one of "
+        "them with .to(dtype), or run under torch.autocast."
     )
 
 

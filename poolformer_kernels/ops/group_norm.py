@@ -13,8 +13,8 @@ from ..backends import resolve
 from . import _common as common
 
 common.define(
-    "group_norm_fwd(Tensor x, Tensor? stats, Tensor? weight, Tensor? bias, int num_groups, float eps, "
-    "str backend) -> (Tensor y, Tensor saved)"
+    "group_norm_fwd(Tensor x, Tensor? stats, Tensor? weight, Tensor? bias, int num_groups, "
+    "float eps, str backend) -> (Tensor y, Tensor saved)"
 )
 common.define(
     "group_norm_bwd(Tensor dy, Tensor x, Tensor saved, Tensor? weight, str backend) "
@@ -111,8 +111,8 @@ def group_norm(
         x: (B, C, H, W), NCHW or channels_last, float32, bfloat16, float16 or float64.
         weight, bias: (C).
         num_groups: it divides C.
-        stats: (B, G, P, 3), what the op that made x returned for return_stats=True: partial statistics
-            (count, mean, M2) of x. They only save the time to compute them.
+        stats: (B, G, P, 3), what the op that made x returned for return_stats=True: partial
+            statistics (count, mean, M2) of x. They only save the time to compute them.
         backend: "auto", "torch", "cpu", "triton" or "cuda"; see `use_backend`.
 
     Returns:

@@ -14,15 +14,15 @@ from ..backends import resolve
 from . import _common as common
 
 common.define(
-    "mlp_fwd(Tensor x, Tensor? stats, Tensor? norm_weight, Tensor? norm_bias, Tensor fc1_weight, "
-    "Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, Tensor? layer_scale, Tensor? drop_path, "
-    "Tensor? hidden_drop_path, str act, int num_groups, float eps, bool return_stats, str backend) "
-    "-> (Tensor z, Tensor saved, Tensor stats_out)"
+    "mlp_fwd(Tensor x, Tensor? stats, Tensor? norm_weight, Tensor? norm_bias, "
+    "Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, "
+    "Tensor? layer_scale, Tensor? drop_path, Tensor? hidden_drop_path, str act, int num_groups, "
+    "float eps, bool return_stats, str backend) -> (Tensor z, Tensor saved, Tensor stats_out)"
 )
 common.define(
     "mlp_bwd(Tensor dz, Tensor x, Tensor saved, Tensor? norm_weight, Tensor? norm_bias, "
-    "Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, Tensor? layer_scale, "
-    "Tensor? drop_path, Tensor? hidden_drop_path, str act, str backend) "
+    "Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, "
+    "Tensor? layer_scale, Tensor? drop_path, Tensor? hidden_drop_path, str act, str backend) "
     "-> (Tensor dx, Tensor dnorm_weight, Tensor dnorm_bias, Tensor dfc1_weight, Tensor dfc1_bias, "
     "Tensor dfc2_weight, Tensor dfc2_bias, Tensor dlayer_scale)"
 )
@@ -188,7 +188,7 @@ def mlp(
     return_stats: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """z = x + drop_path · layer_scale · fc2(hidden_drop_path · act(fc1(GN(x)))), fc being 1×1 convolutions.
+    """z = x + drop_path · layer_scale · fc2(hidden_drop_path · act(fc1(GN(x)))).
 
     Args:
         x: (B, C, H, W), NCHW or channels_last, float32, bfloat16, float16 or float64.
@@ -198,16 +198,17 @@ def mlp(
         layer_scale: (C).
         drop_path, hidden_drop_path: (B), the factors of each image's branch and hidden: 0, or
             1 / (1 − rate). float32 or x's dtype.
-        act: "gelu" (erf), "gelu_pytorch_tanh" (also "gelu_new"), "relu", "silu", or a callable, which
-            only the "torch" backend runs.
+        act: "gelu" (erf), "gelu_pytorch_tanh" (also "gelu_new"), "relu", "silu", or a callable,
+            which only the "torch" backend runs.
         num_groups: of the GroupNorm; it divides C.
-        stats: (B, G, P, 3), what the op that made x returned for return_stats=True: partial statistics
-            (count, mean, M2) of x. They only save the time to compute them.
+        stats: (B, G, P, 3), what the op that made x returned for return_stats=True: partial
+            statistics (count, mean, M2) of x. They only save the time to compute them.
         return_stats: return (z, statistics of z).
         backend: "auto", "torch", "cpu", "triton" or "cuda"; see `use_backend`.
 
     Returns:
-        z: (B, C, H, W) in x's dtype and layout; with return_stats also (B, G, P, 3) in float32 (float64).
+        z: (B, C, H, W) in x's dtype and layout; with return_stats also (B, G, P, 3) in float32
+            (float64).
 
     Raises:
         TypeError, ValueError: an argument that does not fit, with what would.

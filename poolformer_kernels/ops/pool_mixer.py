@@ -145,16 +145,18 @@ def pool_mixer(
         x: (B, C, H, W), NCHW or channels_last, float32, bfloat16, float16 or float64.
         norm_weight, norm_bias: (C), GroupNorm's γ and β. β cancels; its gradient is zeros.
         layer_scale: (C).
-        drop_path: (B), the factor of each image's branch: 0, or 1 / (1 − rate). float32 or x's dtype.
+        drop_path: (B), the factor of each image's branch: 0, or 1 / (1 − rate). float32 or x's
+            dtype.
         pool_size: odd; windows are clipped at the border and divided by what is left of them.
         num_groups: of the GroupNorm; it divides C.
-        stats: (B, G, P, 3), what the op that made x returned for return_stats=True: partial statistics
-            (count, mean, M2) of x. They only save the time to compute them.
+        stats: (B, G, P, 3), what the op that made x returned for return_stats=True: partial
+            statistics (count, mean, M2) of x. They only save the time to compute them.
         return_stats: return (y, statistics of y).
         backend: "auto", "torch", "cpu", "triton" or "cuda"; see `use_backend`.
 
     Returns:
-        y: (B, C, H, W) in x's dtype and layout; with return_stats also (B, G, P, 3) in float32 (float64).
+        y: (B, C, H, W) in x's dtype and layout; with return_stats also (B, G, P, 3) in float32
+            (float64).
 
     Raises:
         TypeError, ValueError: an argument that does not fit, with what would.

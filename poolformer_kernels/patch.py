@@ -1,0 +1,195 @@
+"""accelerate(model): run the PoolFormer blocks of a model that you already have on the fused ops.
+
+A block is changed in place by giving it a subclass of its own class whose forward runs the fused
+ops on the block's own parameters. Nothing is added to the module tree, so names, parameters and
+state_dict stay; isinstance, deepcopy, pickle and torch.save work; restore(model) puts the class
+back.
+
+Before each forward the block is looked at again. What the fused ops would skip (a hook on an inner
+module, a convolution that LoRA or a quantiser has replaced) sends that block back to its own
+forward.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import backends
+from .blocks import FAMILIES, activation_name, family_of, pool_size, why_not
+from .modules import GroupNorm, Mlp, PoolFormerBlock, PoolMixer, fused_block
+
+_BACKEND = "_poolformer_backend"
+_NATIVE = (PoolFormerBlock, PoolMixer, Mlp, GroupNorm)
+
+
+@dataclass(frozen=True)
+class Report:
+    """Which blocks of a model run fused, and why the others do not."""
+
+    fused: list[str] = field(default_factory=list)
+    left: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{len(self.fused)} of {len(self.fused) + len(self.left)} PoolFormer blocks run fused"
+        ]
+        lines += [f"  {name} is left as it was: {reason}" for name, reason in self.left.items()]
+        return "\n".join(lines)
+
+
+def accelerate(model: nn.Module, backend: str = "auto") -> nn.Module:
+    """Let the PoolFormer blocks of `model` run on the fused ops, in place.
+
+    Takes models of Hugging Face, timm (poolformer_*) and the original repository, and our own.
+    Warns of blocks that it leaves as they are, with the reason; `report(model)` says it again at
+    any time. Calling it again changes the backend.
+
+    Args:
+        model: any module that holds PoolFormer blocks, or is one.
+        backend: "torch", "cpu", "triton" or "cuda"; "auto" takes the best one for each call, and
+            lets `use_backend` rule.
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        TypeError: `model` is no nn.Module.
+        ValueError: there is no PoolFormer block in it, or no such backend.
+        BackendUnavailable: `backend` cannot run this model where it is now.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"accelerate: model is a {type(model).__name__}; it has to be a torch.nn.Module."
+        )
+    backends.check_name(backend)
+    name = None if backend == "auto" else backend
+    left = {}
+    found = False
+    for path, module in model.named_modules():
+        if isinstance(module, _NATIVE):
+            found = True
+            _check_backend(module, backend)
+            module.backend = name
+        elif family_of(module) is not None:
+            found = True
+            original = _original(type(module))
+            reason = _why_not_now(module)
+            if reason is not None:
+                left[path or "model"] = reason
+                _restore_block(module)
+                continue
+            _check_backend(module, backend)
+            module.__class__ = _accelerated(original)
+            setattr(module, _BACKEND, name)
+    if not found:
+        raise ValueError(
+            f"accelerate: found no PoolFormer block in this {type(model).__name__}. It takes "
+            "PoolFormer of transformers, timm (poolformer_*), the original repository, and ours."
+        )
+    for path, reason in left.items():
+        warnings.warn(f"accelerate left {path} as it was: {reason}", stacklevel=2)
+    return model
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Undo `accelerate` in place: foreign blocks run their own forward, ours the best backend."""
+    for module in model.modules():
+        if isinstance(module, _NATIVE):
+            module.backend = None
+        else:
+            _restore_block(module)
+    return model
+
+
+def report(model: nn.Module) -> Report:
+    """Which PoolFormer blocks of `model` run fused now, and why the others do not."""
+    result = Report()
+    for path, module in model.named_modules():
+        path = path or "model"
+        if isinstance(module, PoolFormerBlock):
+            result.fused.append(path)
+        elif family_of(module) is not None:
+            reason = _why_not_now(module)
+            if reason is None and not hasattr(module, _BACKEND):
+                reason = "accelerate has not been called on it"
+            if reason is None:
+                result.fused.append(path)
+            else:
+                result.left[path] = reason
+    return result
+
+
+def _check_backend(module: nn.Module, backend: str) -> None:
+    """Raise now, not at the first forward, if `backend` cannot run where the parameters are."""
+    parameter = next(module.parameters(), None)
+    if backend == "auto" or parameter is None or parameter.device.type == "meta":
+        return
+    ops = ("group_norm",) if isinstance(module, GroupNorm) else ("pool_mixer", "mlp")
+    for op in ops:
+        backends.resolve(op, parameter.device.type, parameter.dtype, backend=backend)
+
+
+def _restore_block(module: nn.Module) -> None:
+    if hasattr(module, _BACKEND):
+        module.__class__ = _original(type(module))
+        delattr(module, _BACKEND)
+
+
+def _original(cls: type[nn.Module]) -> type[nn.Module]:
+    """The class that `cls` accelerates, or `cls` itself."""
+    return getattr(cls, "_poolformer_original", cls)
+
+
+@torch.compiler.assume_constant_result
+def _why_not_now(block: nn.Module) -> str | None:
+    """Why `block` has to run its own forward; a compiled model keeps the answer."""
+    family = family_of(block)
+    return None if family is None else why_not(family, block, family.parts(block))
+
+
+@functools.cache
+def _accelerated(cls: type[nn.Module]) -> type[nn.Module]:
+    """A subclass of `cls` under its own name whose forward runs the fused ops."""
+    family = next(family for family in FAMILIES if family.base(cls) is not None)
+
+    def forward(self: nn.Module, hidden_states: torch.Tensor) -> Any:
+        if (reason := _why_not_now(self)) is not None:
+            warnings.warn(f"a block runs its own forward: {reason}", stacklevel=2)
+            return cls.forward(self, hidden_states)
+        parts = family.parts(self)
+        result = fused_block(
+            hidden_states,
+            parts.norm1,
+            parts.norm2,
+            parts.fc1,
+            parts.fc2,
+            parts.layer_scale_1,
+            parts.layer_scale_2,
+            family.factors(self, hidden_states) if self.training else (None, None, None),
+            pool_size=pool_size(parts.pool),
+            act=activation_name(parts.act),
+            backend=getattr(self, _BACKEND),
+        )
+        return (result,) if family.returns_tuple else result
+
+    def reduce_ex(self: nn.Module, protocol: Any) -> Any:
+        return _rebuild, (cls,), self.__dict__
+
+    members = {"forward": forward, "__reduce_ex__": reduce_ex, "_poolformer_original": cls}
+    members |= {
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        "__doc__": cls.__doc__,
+    }
+    return type(cls.__name__, (cls,), members)
+
+
+def _rebuild(cls: type[nn.Module]) -> nn.Module:
+    """An empty accelerated block, for pickle and deepcopy to fill."""
+    return _accelerated(cls).__new__(_accelerated(cls))
