@@ -23,8 +23,8 @@ PREFERENCE = ("cuda", "triton", "cpu", "torch")
 
 
 class BackendUnavailable(RuntimeError):
-                f"{op}: backend {name!r} cannot run this call: {reason}. Pass backend='auto' to take "
-                "the best one that can; `python -m poolformer_kernels` shows them all."
+    """The backend that was asked for by name cannot run this call."""
+
 
 @dataclass(frozen=True)
 class Call:
@@ -150,8 +150,8 @@ def resolve(
             chosen = next(name for name, reason in explain(call).items() if reason is None)
         elif (reason := BACKENDS[name](call)) is not None:
             raise BackendUnavailable(
-                f'{op}: backend {name!r} cannot run this call: {reason}. Use backend="auto" to take
-                ' "the best one that can; `python -m poolformer_kernels` shows them all."
+                f"{op}: backend {name!r} cannot run this call: {reason}. Pass backend='auto' to "
+                "take the best one that can; `python -m poolformer_kernels` shows them all."
             )
         else:
             chosen = name
