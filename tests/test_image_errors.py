@@ -102,20 +102,22 @@ def test_unequal_shapes_cannot_be_stacked():
 
 
 def test_missing_and_broken_configs(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no preprocessor_config.json in the folder"):
+    with pytest.raises(
+        FileNotFoundError, match=r"has no preprocessor_config.json; it has: nothing"
+    ):
         PoolFormerImageProcessor.from_pretrained(tmp_path)
     file = tmp_path / "preprocessor_config.json"
     file.write_text('{"size": ')
-    with pytest.raises(ValueError, match="is no valid JSON"):
+    with pytest.raises(ValueError, match="is not valid JSON"):
         PoolFormerImageProcessor.from_pretrained(tmp_path)
     file.write_text("[]")
-    with pytest.raises(ValueError, match="holds a list; it must be an object"):
+    with pytest.raises(ValueError, match="holds a JSON list; needed is an object"):
         PoolFormerImageProcessor.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match="is a file; pass a folder"):
         PoolFormerImageProcessor().save_pretrained(file)
-    with pytest.raises(OSError, match="no folder or file here, and the hub gave none"):
+    with pytest.raises(FileNotFoundError, match="There is no folder 'no/such-model'"):
         PoolFormerImageProcessor.from_pretrained(
             "no/such-model", local_files_only=True, cache_dir=tmp_path / "cache"
         )
-    with pytest.raises(OSError, match="no folder or file here"):
+    with pytest.raises(FileNotFoundError, match="nor a name that a hub repository can have"):
         PoolFormerImageProcessor.from_pretrained("not a name/of/a/repository")

@@ -14,8 +14,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from .checkpoints import find, read_json
 from .image_inputs import load_images
 from .image_transforms import OPTION_NAMES, Options, in_unit_range, transform, without_defaults
+from .variants import hub_name
 
 CONFIG_NAME = "preprocessor_config.json"
 # Keys of published configs that are no options: who wrote them, and defaults of the call.
@@ -188,46 +190,36 @@ class PoolFormerImageProcessor:
         cls,
         name_or_path: str | os.PathLike,
         *,
-        subfolder: str = "",
         revision: str | None = None,
         cache_dir: str | os.PathLike | None = None,
-        token: str | bool | None = None,
         local_files_only: bool = False,
-        force_download: bool = False,
+        token: str | bool | None = None,
         **options: Any,
     ) -> PoolFormerImageProcessor:
         """Reads preprocessor_config.json from a folder, a file, or a repository of the hub.
 
-        `options` override the file's. Raises OSError if there is no such file, ValueError if it is
-        no valid config.
+        Args:
+            name_or_path: a folder, the file itself, a hub repository ("sail/poolformer_s12") or a
+                variant's name ("s12": sail's release).
+            revision, cache_dir, local_files_only, token: for the hub.
+            options: override the file's.
+
+        Raises:
+            FileNotFoundError: no such file, folder or repository, or an offline hub.
+            ValueError: a file that is no valid config.
         """
-        path = Path(name_or_path)
-        if path.is_dir():
-            path = path / subfolder / CONFIG_NAME
-            if not path.is_file():
-                raise FileNotFoundError(
-                    f"no {CONFIG_NAME} in the folder {str(path.parent)!r}; save one there with "
-                    "PoolFormerImageProcessor().save_pretrained(folder)"
-                )
-        elif not path.is_file():
-            path = _download(
-                str(name_or_path),
-                subfolder=subfolder or None,
+        source = hub_name(name_or_path)
+        path = Path(source).expanduser()
+        if not path.is_file():
+            path = find(
+                source,
+                [CONFIG_NAME],
                 revision=revision,
                 cache_dir=cache_dir,
-                token=token,
                 local_files_only=local_files_only,
-                force_download=force_download,
+                token=token,
             )
-        try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(
-                f"{str(path)!r} is no valid JSON ({error}); write it anew with save_pretrained"
-            ) from error
-        if not isinstance(config, dict):
-            raise ValueError(f"{str(path)!r} holds a {type(config).__name__}; it must be an object")
-        return cls.from_dict(config, **options)
+        return cls.from_dict(read_json(path), **options)
 
     def save_pretrained(self, folder: str | os.PathLike) -> list[str]:
         """Writes `folder`/preprocessor_config.json, as transformers reads it; returns its path."""
@@ -249,17 +241,3 @@ class PoolFormerFeatureExtractor(PoolFormerImageProcessor):
             stacklevel=2,
         )
         super().__init__(*args, **kwargs)
-
-
-def _download(name: str, **kwargs: Any) -> Path:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        return Path(hf_hub_download(name, CONFIG_NAME, **kwargs))
-    except (OSError, HFValidationError) as error:
-        raise OSError(
-            f"no {CONFIG_NAME} for {name!r}: it is no folder or file here, and the hub gave none "
-            f"({type(error).__name__}: {error}); pass a folder with that file, or the name of a "
-            'repository like "sail/poolformer_s12"'
-        ) from error
