@@ -234,7 +234,7 @@ def _why_not_pool(pool: nn.Module) -> str | None:
     if type(pool) is not nn.AvgPool2d:
         return f"its pooling is a {type(pool).__name__}, not an AvgPool2d"
     size = pool_size(pool)
-    if size is None or size % 2 == 0:
+    if size % 2 == 0:
         return f"its pool size is {pool.kernel_size}, and kernels take odd squares"
     expected = (1, size // 2, False, False, None)
     found = (
@@ -249,10 +249,10 @@ def _why_not_pool(pool: nn.Module) -> str | None:
     return None
 
 
-def pool_size(pool: nn.AvgPool2d) -> int | None:
-    """The edge of a square window; None if it is not square."""
+def pool_size(pool: nn.AvgPool2d) -> int:
+    """The edge of a square window; 0 if it is not square."""
     sizes = {pool.kernel_size} if isinstance(pool.kernel_size, int) else {*pool.kernel_size}
-    return sizes.pop() if len(sizes) == 1 else None
+    return sizes.pop() if len(sizes) == 1 else 0
 
 
 def _why_not_product(block: nn.Module, fc: nn.Module) -> str | None:
@@ -262,9 +262,9 @@ def _why_not_product(block: nn.Module, fc: nn.Module) -> str | None:
     plain = fc.kernel_size == fc.stride == fc.dilation == (1, 1) and fc.groups == 1
     if not plain or fc.padding not in ((0, 0), "valid", "same"):
         return f"its {_name(block, fc)} is {fc}, not a plain 1×1 convolution"
-    kind = type(fc.weight)
-    if kind.__module__.split(".")[0] != "torch" or not fc.weight.is_floating_point():
-        return f"the weight of its {_name(block, fc)} is a {kind.__name__} of {fc.weight.dtype}"
+    weight = type(fc.weight)
+    if weight.__module__.split(".")[0] != "torch" or not fc.weight.is_floating_point():
+        return f"the weight of its {_name(block, fc)} is a {weight.__name__} of {fc.weight.dtype}"
     return None
 
 

@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 from . import backends
 from .drop_path import branch_dtypes, draw_block_drop_path, draw_drop_path
-from .ops import group_norm, mlp, pool_mixer
 from .ops._common import canonical_act, check_pool_size, is_autocast, needs_grad
+from .ops.group_norm import group_norm
+from .ops.mlp import mlp
+from .ops.pool_mixer import pool_mixer
 
 
 def shares_stats(x: Tensor, act: str, grad: bool, backend: str | None) -> bool:
@@ -40,9 +42,10 @@ class GroupNorm(nn.GroupNorm):
 class PoolMixer(nn.Module):
     """x + drop_path(layer_scale · (pool(norm(x)) − norm(x))). x: (B, C, H, W) → (B, C, H, W).
 
-    Parameters: norm.weight, norm.bias, layer_scale (absent if layer_scale_init_value is None); all
-        (C).
+    Parameters, all (C): norm.weight, norm.bias; layer_scale unless layer_scale_init_value is None.
     """
+
+    layer_scale: nn.Parameter | None
 
     def __init__(
         self,
@@ -84,10 +87,11 @@ class PoolMixer(nn.Module):
 class Mlp(nn.Module):
     """x + drop_path(layer_scale · fc2(act(fc1(norm(x))))). x: (B, C, H, W) → (B, C, H, W).
 
-    Parameters: norm.weight, norm.bias, layer_scale (absent if layer_scale_init_value is None), all
-    (C); fc1.weight (hidden, C, 1, 1), fc1.bias (hidden), fc2.weight (C, hidden, 1, 1), fc2.bias
-    (C).
+    Parameters: norm.weight, norm.bias (C); layer_scale (C) unless layer_scale_init_value is None;
+    fc1.weight (hidden, C, 1, 1), fc1.bias (hidden), fc2.weight (C, hidden, 1, 1), fc2.bias (C).
     """
+
+    layer_scale: nn.Parameter | None
 
     def __init__(
         self,
@@ -172,6 +176,9 @@ class PoolFormerBlock(nn.Module):
     Raises:
         TypeError, ValueError: an argument that no block can be made of.
     """
+
+    layer_scale_1: nn.Parameter | None
+    layer_scale_2: nn.Parameter | None
 
     def __init__(
         self,

@@ -141,7 +141,7 @@ def _restore_block(module: nn.Module) -> None:
         delattr(module, _BACKEND)
 
 
-def _original(cls: type[nn.Module]) -> type[nn.Module]:
+def _original(cls: type[nn.Module]) -> Any:
     """The class that `cls` accelerates, or `cls` itself."""
     return getattr(cls, "_poolformer_original", cls)
 
@@ -173,7 +173,7 @@ def _accelerated(cls: type[nn.Module]) -> type[nn.Module]:
             parts.layer_scale_2,
             family.factors(self, hidden_states) if self.training else (None, None, None),
             pool_size=pool_size(parts.pool),
-            act=activation_name(parts.act),
+            act=activation_name(parts.act) or parts.act,
             backend=getattr(self, _BACKEND),
         )
         return (result,) if family.returns_tuple else result
@@ -190,6 +190,6 @@ def _accelerated(cls: type[nn.Module]) -> type[nn.Module]:
     return type(cls.__name__, (cls,), members)
 
 
-def _rebuild(cls: type[nn.Module]) -> nn.Module:
+def _rebuild(cls: Any) -> nn.Module:
     """An empty accelerated block, for pickle and deepcopy to fill."""
     return _accelerated(cls).__new__(_accelerated(cls))

@@ -187,7 +187,7 @@ def mlp(
     stats: Tensor | None = None,
     return_stats: bool = False,
     backend: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | Any:
     """z = x + drop_path · layer_scale · fc2(hidden_drop_path · act(fc1(GN(x)))).
 
     Args:

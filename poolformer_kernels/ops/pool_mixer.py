@@ -56,7 +56,7 @@ def _backward(
     drop_path: Tensor | None,
     pool_size: int,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     grads = reference.pool_mixer_backward(
         dy, x, saved, norm_weight, layer_scale, drop_path, pool_size
     )
@@ -138,7 +138,7 @@ def pool_mixer(
     stats: Tensor | None = None,
     return_stats: bool = False,
     backend: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | Any:
     """y = x + drop_path · layer_scale · (pool(GN(x)) − GN(x)), pool being a pool_size² average.
 
     Args:
