@@ -78,7 +78,7 @@ endef
 
 $(VENV)/.torch:
 	$(call venv,$(VENV))
-	$(BIN)/pip install -q $(TORCH) ninja "setuptools>=77"
+	$(BIN)/pip install $(TORCH) ninja "setuptools>=77"
 	@touch $@
 
 $(VENV)/.demo: $(VENV)/.torch pyproject.toml
@@ -91,7 +91,7 @@ $(VENV)/.test: $(VENV)/.torch pyproject.toml
 
 $(CPU_VENV)/.torch:
 	$(call venv,$(CPU_VENV))
-	$(CPU_VENV)/bin/pip install -q $(CPU_TORCH) ninja "setuptools>=77"
+	$(CPU_VENV)/bin/pip install $(CPU_TORCH) ninja "setuptools>=77"
 	@touch $@
 
 $(CPU_VENV)/.test: $(CPU_VENV)/.torch pyproject.toml | cpu-copy
