@@ -1,0 +1,283 @@
+// The CPU ops of the dispatcher: checks, memory, threads. The kernels are in csrc/cpu.
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <torch/csrc/utils/pybind.h>
+#include <torch/library.h>
+
+#include <cmath>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "checks.h"
+#include "cpu/kernels.h"
+#include "math.h"
+
+#ifdef WITH_CUDA
+void bind_cuda(pybind11::module_&);
+#endif
+
+namespace poolformer {
+namespace {
+
+// An op's x in the memory format of its output, and the output.
+struct Tensors {
+  Tensor x, out;
+  cpu::Image image;
+
+  Tensors(const Tensor& input, int64_t num_groups) {
+    auto format = input.suggest_memory_format();
+    x = input.contiguous(format);
+    out = at::empty(x.sizes(), x.options().memory_format(format));
+    image.data = x.const_data_ptr();
+    image.channels_last = format == at::MemoryFormat::ChannelsLast;
+    auto type = x.scalar_type();
+    image.dtype = type == at::kFloat      ? cpu::Dtype::kFloat32
+                  : type == at::kBFloat16 ? cpu::Dtype::kBFloat16
+                  : type == at::kHalf     ? cpu::Dtype::kFloat16
+                                          : cpu::Dtype::kFloat64;
+    image.batch = x.size(0), image.channels = x.size(1);
+    image.height = x.size(2), image.width = x.size(3), image.groups = num_groups;
+  }
+};
+
+// A contiguous copy of what is not contiguous.
+class Contiguous {
+ public:
+  explicit Contiguous(const OptionalTensor& t) {
+    if (t) tensor_ = t->contiguous();
+  }
+  const void* data() const { return tensor_.defined() ? tensor_.const_data_ptr() : nullptr; }
+
+ private:
+  Tensor tensor_;
+};
+
+class Factors {
+ public:
+  explicit Factors(const OptionalTensor& t) {
+    if (t) tensor_ = t->to(at::kDouble).contiguous();
+  }
+  const double* data() const {
+    return tensor_.defined() ? tensor_.const_data_ptr<double>() : nullptr;
+  }
+
+ private:
+  Tensor tensor_;
+};
+
+template <class F>
+void run(int64_t tasks, int64_t grain, F&& f) {
+  at::parallel_for(0, tasks, grain, f);
+}
+
+// Merges every `count` partials in a row, in their order.
+std::vector<cpu::Partial> merge_rows(const std::vector<cpu::Partial>& partials, int64_t rows) {
+  std::vector<cpu::Partial> merged(rows);
+  int64_t count = rows ? partials.size() / rows : 0;
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < count; ++j) cpu::merge(merged[i], partials[i * count + j]);
+  }
+  return merged;
+}
+
+template <class A>
+std::vector<cpu::Partial> read_partials(const Tensor& stats) {
+  Tensor dense = stats.contiguous();
+  const A* p = dense.const_data_ptr<A>();
+  std::vector<cpu::Partial> partials(stats.numel() / 3);
+  for (auto& partial : partials) {
+    partial = {static_cast<double>(p[0]), static_cast<double>(p[1]), static_cast<double>(p[2])};
+    p += 3;
+  }
+  return partials;
+}
+
+// (B, G, 1, 3), the merged rows of `partials`.
+Tensor write_stats(const std::vector<cpu::Partial>& partials, const Tensors& t) {
+  int64_t batch = t.image.batch, groups = t.image.groups;
+  Tensor stats = at::empty({batch, groups, 1, 3}, t.x.options().dtype(accumulate_type(t.x)));
+  AT_DISPATCH_FLOATING_TYPES(stats.scalar_type(), "write_stats", [&] {
+    scalar_t* p = stats.mutable_data_ptr<scalar_t>();
+    for (const auto& partial : merge_rows(partials, batch * groups)) {
+      *p++ = static_cast<scalar_t>(partial.count);
+      *p++ = static_cast<scalar_t>(partial.mean);
+      *p++ = static_cast<scalar_t>(partial.m2);
+    }
+  });
+  return stats;
+}
+
+// Mean and 1 / std of each image and group, from stats when there are any.
+struct Moments {
+  std::vector<double> mean, rstd;
+  Tensor saved;  // (B, G, 2)
+
+  Moments(const cpu::Kernels& kernels, const Tensors& t, const OptionalTensor& stats, double eps) {
+    int64_t rows = t.image.batch * t.image.groups;
+    std::vector<cpu::Partial> partials;
+    if (stats) {
+      partials = t.x.scalar_type() == at::kDouble ? read_partials<double>(*stats)
+                                                  : read_partials<float>(*stats);
+    } else {
+      int64_t chunks = kernels.statistics_chunks(t.image);
+      partials.resize(rows * chunks);
+      cpu::StatisticsArgs args{t.image, chunks, partials.data()};
+      run(rows * chunks, 8,
+          [&](int64_t begin, int64_t end) { kernels.statistics(args, begin, end); });
+    }
+    mean.reserve(rows), rstd.reserve(rows);
+    for (const auto& partial : merge_rows(partials, rows)) {
+      mean.push_back(partial.mean);
+      rstd.push_back(1 / std::sqrt(partial.m2 / partial.count + eps));
+    }
+    saved =
+        at::empty({t.image.batch, t.image.groups, 2}, t.x.options().dtype(accumulate_type(t.x)));
+    AT_DISPATCH_FLOATING_TYPES(saved.scalar_type(), "saved", [&] {
+      scalar_t* p = saved.mutable_data_ptr<scalar_t>();
+      for (int64_t i = 0; i < rows; ++i) {
+        *p++ = static_cast<scalar_t>(mean[i]);
+        *p++ = static_cast<scalar_t>(rstd[i]);
+      }
+    });
+  }
+};
+
+Tensor no_stats(const Tensor& x) { return at::empty({0}, x.options().dtype(accumulate_type(x))); }
+
+std::tuple<Tensor, Tensor> group_norm_fwd(const Tensor& x, const OptionalTensor& stats,
+                                          const OptionalTensor& weight, const OptionalTensor& bias,
+                                          int64_t num_groups, double eps, std::string backend) {
+  const char* op = "group_norm";
+  check_input(op, x, num_groups, eps, backend);
+  check_parameter(op, "weight", weight, {x.size(1)}, x);
+  check_parameter(op, "bias", bias, {x.size(1)}, x);
+  check_stats(op, stats, num_groups, x);
+
+  const auto& kernels = cpu::kernels();
+  Tensors t(x, num_groups);
+  Moments moments(kernels, t, stats, eps);
+  Contiguous gamma(weight), beta(bias);
+  cpu::GroupNormArgs args{};
+  args.in = t.image, args.out = t.out.mutable_data_ptr();
+  args.weight = gamma.data(), args.bias = beta.data();
+  args.mean = moments.mean.data(), args.rstd = moments.rstd.data();
+  kernels.group_norm_plan(args);
+  run(t.image.batch * args.tasks, 4,
+      [&](int64_t begin, int64_t end) { kernels.group_norm(args, begin, end); });
+  return {t.out, moments.saved};
+}
+
+std::tuple<Tensor, Tensor, Tensor> pool_mixer_fwd(const Tensor& x, const OptionalTensor& stats,
+                                                  const OptionalTensor& norm_weight,
+                                                  const OptionalTensor& layer_scale,
+                                                  const OptionalTensor& drop_path,
+                                                  int64_t pool_size, int64_t num_groups, double eps,
+                                                  bool return_stats, std::string backend) {
+  const char* op = "pool_mixer";
+  check_input(op, x, num_groups, eps, backend);
+  TORCH_CHECK_VALUE(pool_size > 0 && pool_size % 2 == 1, op, ": pool_size is ", pool_size,
+                    "; it has to be odd and positive.");
+  check_parameter(op, "norm_weight", norm_weight, {x.size(1)}, x);
+  check_parameter(op, "layer_scale", layer_scale, {x.size(1)}, x);
+  check_factor(op, "drop_path", drop_path, x);
+  check_stats(op, stats, num_groups, x);
+
+  const auto& kernels = cpu::kernels();
+  Tensors t(x, num_groups);
+  Moments moments(kernels, t, stats, eps);
+  Contiguous gamma(norm_weight), scale(layer_scale);
+  Factors k(drop_path);
+  cpu::PoolMixerArgs args{};
+  args.in = t.image, args.out = t.out.mutable_data_ptr();
+  args.norm_weight = gamma.data(), args.layer_scale = scale.data();
+  args.drop_path = k.data(), args.rstd = moments.rstd.data();
+  args.pool_size = pool_size;
+  kernels.pool_mixer_plan(args);
+  std::vector<cpu::Partial> partials(return_stats ? t.image.batch * num_groups * args.slots : 0);
+  args.partials = return_stats ? partials.data() : nullptr;
+  run(t.image.batch * args.tasks, 4,
+      [&](int64_t begin, int64_t end) { kernels.pool_mixer(args, begin, end); });
+  return {t.out, moments.saved, return_stats ? write_stats(partials, t) : no_stats(t.x)};
+}
+
+std::tuple<Tensor, Tensor, Tensor> mlp_fwd(
+    const Tensor& x, const OptionalTensor& stats, const OptionalTensor& norm_weight,
+    const OptionalTensor& norm_bias, const Tensor& fc1_weight, const OptionalTensor& fc1_bias,
+    const Tensor& fc2_weight, const OptionalTensor& fc2_bias, const OptionalTensor& layer_scale,
+    const OptionalTensor& drop_path, const OptionalTensor& hidden_drop_path, std::string act,
+    int64_t num_groups, double eps, bool return_stats, std::string backend) {
+  const char* op = "mlp";
+  check_input(op, x, num_groups, eps, backend);
+  int64_t channels = x.size(1), hidden = fc1_weight.dim() ? fc1_weight.size(0) : 0;
+  TORCH_CHECK_VALUE(hidden > 0, op, ": fc1_weight has shape ", fc1_weight.sizes(),
+                    "; it has to be (hidden, ", channels, ") with hidden >= 1.");
+  check_weight(op, "fc1_weight", fc1_weight, hidden, channels, x);
+  check_weight(op, "fc2_weight", fc2_weight, channels, hidden, x);
+  check_parameter(op, "norm_weight", norm_weight, {channels}, x);
+  check_parameter(op, "norm_bias", norm_bias, {channels}, x);
+  check_parameter(op, "fc1_bias", fc1_bias, {hidden}, x);
+  check_parameter(op, "fc2_bias", fc2_bias, {channels}, x);
+  check_parameter(op, "layer_scale", layer_scale, {channels}, x);
+  check_factor(op, "drop_path", drop_path, x);
+  check_factor(op, "hidden_drop_path", hidden_drop_path, x);
+  check_stats(op, stats, num_groups, x);
+  TORCH_CHECK_VALUE(act == "gelu" || act == "gelu_pytorch_tanh" || act == "relu" || act == "silu",
+                    op, ": act is '", act,
+                    "'; it has to be 'gelu', 'gelu_pytorch_tanh', 'relu' or 'silu'.");
+
+  const auto& kernels = cpu::kernels();
+  Tensors t(x, num_groups);
+  Moments moments(kernels, t, stats, eps);
+  Contiguous gamma(norm_weight), beta(norm_bias), w1(fc1_weight), b1(fc1_bias), w2(fc2_weight),
+      b2(fc2_bias), scale(layer_scale);
+  Factors k(drop_path), ka(hidden_drop_path);
+  cpu::MlpArgs args{};
+  args.in = t.image, args.out = t.out.mutable_data_ptr();
+  args.norm_weight = gamma.data(), args.norm_bias = beta.data();
+  args.mean = moments.mean.data(), args.rstd = moments.rstd.data();
+  args.fc1_weight = w1.data(), args.fc1_bias = b1.data();
+  args.fc2_weight = w2.data(), args.fc2_bias = b2.data();
+  args.layer_scale = scale.data(), args.drop_path = k.data(), args.hidden_drop_path = ka.data();
+  args.hidden = hidden;
+  args.activation = act == "gelu"                ? Activation::kGelu
+                    : act == "gelu_pytorch_tanh" ? Activation::kGeluTanh
+                    : act == "relu"              ? Activation::kRelu
+                                                 : Activation::kSilu;
+  std::vector<cpu::Partial> partials;
+  if (t.image.batch > 0) {
+    kernels.mlp_plan(args);
+    if (return_stats) partials.resize(t.image.batch * num_groups * args.slots);
+    args.partials = return_stats ? partials.data() : nullptr;
+    Tensor parts = at::empty({static_cast<int64_t>(args.accumulator_bytes)}, at::kByte);
+    args.accumulators = parts.mutable_data_ptr();
+    run(args.tiles * args.splits, 1,
+        [&](int64_t begin, int64_t end) { kernels.mlp(args, begin, end); });
+    if (args.splits > 1) {
+      run(args.panels, 4,
+          [&](int64_t begin, int64_t end) { kernels.mlp_finish(args, begin, end); });
+    }
+  }
+  return {t.out, moments.saved, return_stats ? write_stats(partials, t) : no_stats(t.x)};
+}
+
+TORCH_LIBRARY_IMPL(poolformer_kernels, CPU, m) {
+  m.impl("group_norm_fwd", group_norm_fwd);
+  m.impl("pool_mixer_fwd", pool_mixer_fwd);
+  m.impl("mlp_fwd", mlp_fwd);
+}
+
+}  // namespace
+}  // namespace poolformer
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  namespace cpu = poolformer::cpu;
+  m.def("cpu_capability", [] { return cpu::kernels().name; });
+  m.def("cpu_capabilities", cpu::capabilities);
+  m.def("set_cpu_capability", cpu::set_capability);
+  m.def("native_bf16", cpu::has_native_bf16);
+  m.def("native_fp16", cpu::has_native_fp16);
+#ifdef WITH_CUDA
+  bind_cuda(m);
+#endif
+}

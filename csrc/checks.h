@@ -1,0 +1,88 @@
+// Checks of the arguments of the CPU ops: called directly with anything, they fail and never read
+// outside a tensor.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <optional>
+#include <string>
+
+namespace poolformer {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// float64 for float64, else float32.
+inline at::ScalarType accumulate_type(const Tensor& x) {
+  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+inline void check_input(const char* op, const Tensor& x, int64_t num_groups, double eps,
+                        const std::string& backend) {
+  TORCH_CHECK_VALUE(backend == "cpu", op, ": the tensors are on the CPU and backend is '", backend,
+                    "'; this op runs backend 'cpu' there.");
+  TORCH_CHECK_VALUE(x.dim() == 4, op, ": x has shape ", x.sizes(), "; it has to be (B, C, H, W).");
+  auto type = x.scalar_type();
+  TORCH_CHECK_TYPE(
+      type == at::kFloat || type == at::kBFloat16 || type == at::kHalf || type == at::kDouble, op,
+      ": x is ", type, "; it has to be float32, bfloat16, float16 or float64.");
+  TORCH_CHECK_VALUE(x.device().is_cpu() && x.layout() == at::kStrided, op, ": x is a ", x.layout(),
+                    " tensor on ", x.device(), "; it has to be a dense one on the CPU.");
+  TORCH_CHECK_VALUE(x.size(1) > 0 && x.size(2) > 0 && x.size(3) > 0, op, ": x has shape ",
+                    x.sizes(), "; C, H and W have to be at least 1.");
+  TORCH_CHECK_VALUE(num_groups > 0 && x.size(1) % num_groups == 0, op, ": num_groups is ",
+                    num_groups, "; it has to be positive and divide the ", x.size(1),
+                    " channels of x.");
+  TORCH_CHECK_VALUE(eps >= 0, op, ": eps is ", eps,
+                    "; it has to be a number that is not negative.");
+}
+
+inline void check_place(const char* op, const char* name, const Tensor& t, const Tensor& x) {
+  TORCH_CHECK_VALUE(t.device() == x.device() && t.layout() == at::kStrided, op, ": ", name,
+                    " is a ", t.layout(), " tensor on ", t.device(),
+                    "; it has to be a dense one on ", x.device(), ", like x.");
+}
+
+inline void check_parameter(const char* op, const char* name, const OptionalTensor& t,
+                            at::IntArrayRef shape, const Tensor& x) {
+  if (!t) return;
+  check_place(op, name, *t, x);
+  TORCH_CHECK_VALUE(t->sizes() == shape, op, ": ", name, " has shape ", t->sizes(), "; x of shape ",
+                    x.sizes(), " needs ", shape, ".");
+  TORCH_CHECK_TYPE(t->scalar_type() == x.scalar_type(), op, ": ", name, " is ", t->scalar_type(),
+                   " and x is ", x.scalar_type(), "; convert one of them with .to(dtype).");
+}
+
+// weight: (rows, columns) or (rows, columns, 1, 1).
+inline void check_weight(const char* op, const char* name, const Tensor& t, int64_t rows,
+                         int64_t columns, const Tensor& x) {
+  int64_t shape[] = {rows, columns, 1, 1};
+  check_parameter(op, name, t, at::IntArrayRef(shape, t.dim() == 4 ? 4 : 2), x);
+}
+
+// Factors of the images: (B), float32 or x's dtype.
+inline void check_factor(const char* op, const char* name, const OptionalTensor& t,
+                         const Tensor& x) {
+  if (!t) return;
+  check_place(op, name, *t, x);
+  TORCH_CHECK_VALUE(t->dim() == 1 && t->size(0) == x.size(0), op, ": ", name, " has shape ",
+                    t->sizes(), "; it has to hold one factor an image, (", x.size(0), ").");
+  TORCH_CHECK_TYPE(t->scalar_type() == x.scalar_type() || t->scalar_type() == at::kFloat, op, ": ",
+                   name, " is ", t->scalar_type(), "; it has to be float32 or ", x.scalar_type(),
+                   ".");
+}
+
+// stats: (B, G, P, 3).
+inline void check_stats(const char* op, const OptionalTensor& t, int64_t num_groups,
+                        const Tensor& x) {
+  if (!t) return;
+  check_place(op, "stats", *t, x);
+  TORCH_CHECK_VALUE(t->dim() == 4 && t->size(0) == x.size(0) && t->size(1) == num_groups &&
+                        t->size(2) > 0 && t->size(3) == 3,
+                    op, ": stats has shape ", t->sizes(), "; it has to be (", x.size(0), ", ",
+                    num_groups, ", P, 3) with P >= 1.");
+  TORCH_CHECK_TYPE(t->scalar_type() == accumulate_type(x), op, ": stats is ", t->scalar_type(),
+                   "; it has to be ", accumulate_type(x), ".");
+}
+
+}  // namespace poolformer

@@ -1,0 +1,34 @@
+// The kernels for AVX-512 (F, BW, DQ and VL).
+#if defined(__x86_64__)
+
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+
+#include "kernels.h"
+
+#define POOLFORMER_ISA avx512
+#define POOLFORMER_TABLE kernels_avx512
+#define POOLFORMER_NAME "avx512"
+#define POOLFORMER_VECTOR_BYTES 64
+#define POOLFORMER_ROWS 14
+#define POOLFORMER_CHUNK 112
+#define POOLFORMER_F16C
+
+#if defined(__clang__)
+#pragma clang attribute push(                                                    \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
+    apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#endif
+
+#include "kernels.inl"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

@@ -1,0 +1,117 @@
+// What csrc/bindings.cpp calls: one table of kernels per instruction set. No PyTorch in here.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace poolformer {
+enum class Activation : int;  // see math.h
+}
+
+namespace poolformer::cpu {
+
+enum class Dtype { kFloat32, kBFloat16, kFloat16, kFloat64 };
+
+// A (batch, channels, height, width) tensor, contiguous or channels_last.
+struct Image {
+  const void* data;
+  Dtype dtype;
+  bool channels_last;
+  int64_t batch, channels, height, width, groups;
+
+  int64_t pixels() const { return height * width; }
+  int64_t group_channels() const { return channels / groups; }
+};
+
+// Statistics of `count` values; m2 is the sum of (value - mean)^2.
+struct Partial {
+  double count = 0, mean = 0, m2 = 0;
+};
+
+// Merges b into a (Chan, Golub and LeVeque 1983).
+static inline void merge(Partial& a, const Partial& b) {
+  if (b.count == 0) return;
+  double count = a.count + b.count, delta = b.mean - a.mean;
+  a.mean += delta * (b.count / count);
+  a.m2 += b.m2 + delta * delta * (a.count * b.count / count);
+  a.count = count;
+}
+
+// Statistics of an image as (batch, groups, chunks) partials; a task is one chunk.
+struct StatisticsArgs {
+  Image in;
+  int64_t chunks;
+  Partial* partials;
+};
+
+struct GroupNormArgs {
+  Image in;
+  void* out;
+  const void *weight, *bias;  // (channels) or null
+  const double *mean, *rstd;  // (batch, groups)
+  int64_t tasks;              // per image
+};
+
+struct PoolMixerArgs {
+  Image in;
+  void* out;
+  const void *norm_weight, *layer_scale;  // (channels) or null
+  const double* drop_path;                // (batch) or null
+  const double* rstd;                     // (batch, groups)
+  int64_t pool_size;
+  int64_t tasks;      // per image
+  int64_t slots;      // per image and group
+  Partial* partials;  // (batch, groups, slots) of the output, or null
+};
+
+struct MlpArgs {
+  Image in;
+  void* out;
+  const void *norm_weight, *norm_bias;         // (channels) or null
+  const double *mean, *rstd;                   // (batch, groups)
+  const void* fc1_weight;                      // (hidden, channels)
+  const void* fc1_bias;                        // (hidden) or null
+  const void* fc2_weight;                      // (channels, hidden)
+  const void* fc2_bias;                        // (channels) or null
+  const void* layer_scale;                     // (channels) or null
+  const double *drop_path, *hidden_drop_path;  // (batch) or null
+  Activation activation;
+  int64_t hidden;
+  // Set by mlp_plan. Pixels of all images in a row make panels of one or two vectors; a task is one
+  // part of the hidden channels for one tile of panels.
+  int64_t panels, tiles, splits, chunk, slots;
+  size_t accumulator_bytes;
+  void* accumulators;  // (splits, panels, channels, lanes), null when splits == 1
+  Partial* partials;   // (batch, groups, slots) of the output, or null
+};
+
+// Every function works on tasks [begin, end).
+struct Kernels {
+  const char* name;
+  int64_t (*statistics_chunks)(const Image&);                             // per image and group
+  void (*statistics)(const StatisticsArgs&, int64_t begin, int64_t end);  // batch * groups * chunks
+  void (*group_norm_plan)(GroupNormArgs&);
+  void (*group_norm)(const GroupNormArgs&, int64_t begin, int64_t end);  // batch * tasks
+  void (*pool_mixer_plan)(PoolMixerArgs&);
+  void (*pool_mixer)(const PoolMixerArgs&, int64_t begin, int64_t end);  // batch * tasks
+  void (*mlp_plan)(MlpArgs&);
+  void (*mlp)(const MlpArgs&, int64_t begin, int64_t end);         // tiles * splits
+  void (*mlp_finish)(const MlpArgs&, int64_t begin, int64_t end);  // panels, if splits > 1
+};
+
+extern const Kernels kernels_default, kernels_avx2, kernels_avx512;
+
+// The table in use: the best this machine runs, or POOLFORMER_CPU_CAPABILITY, or what was set.
+const Kernels& kernels();
+std::vector<std::string> capabilities();       // best first
+void set_capability(const std::string& name);  // throws std::invalid_argument
+bool has_native_bf16();
+bool has_native_fp16();
+
+// Memory of this thread, aligned to 64 bytes, valid until its next call.
+void* scratch(size_t bytes);
+int64_t l2_bytes();
+
+}  // namespace poolformer::cpu

@@ -1,0 +1,267 @@
+// z = x + k layer_scale (ka fc2(act(fc1(GN x))) + fc2_bias). The hidden channels are made and used
+// in chunks, and stay in the cache.
+#pragma once
+
+namespace poolformer::cpu::POOLFORMER_ISA {
+
+// The pixels of a panel that lie in one image.
+struct Run {
+  int64_t image, pixel;  // of the first lane
+  int lane, count;
+};
+
+// Calls f for the runs of a panel of `lanes` lanes; pixels of all images are numbered in a row.
+template <class F>
+PF_INLINE void for_each_run(const Image& in, int64_t panel, int lanes, F&& f) {
+  int64_t pixels = in.pixels(), at = panel * lanes, end = smaller(at + lanes, in.batch * pixels);
+  for (int lane = 0; at < end;) {
+    Run run{at / pixels, at % pixels, lane, 0};
+    run.count = static_cast<int>(smaller(end - at, pixels - run.pixel));
+    f(run);
+    at += run.count;
+    lane += run.count;
+  }
+}
+
+template <class A>
+static void mlp_plan_typed(MlpArgs& args) {
+  constexpr int64_t n = kPanel<A>, unit = sizeof(A) * n;
+  const Image& in = args.in;
+  args.panels = (in.batch * in.pixels() + n - 1) / n;
+  args.chunk = smaller(args.hidden, POOLFORMER_CHUNK);
+  int64_t most = l2_bytes() * 3 / 4 / ((2 * in.channels + args.chunk) * unit);
+  most = smaller(larger(most, 4), 64);
+  args.tiles = (args.panels + most - 1) / most;
+  int64_t wanted = 8, chunks = (args.hidden + args.chunk - 1) / args.chunk;
+  if (args.panels >= wanted * 4 || args.tiles >= wanted) {
+    args.tiles = smaller(round_up(args.tiles, wanted), args.panels);
+    args.splits = 1;
+  } else {
+    while (wanted % args.tiles) ++args.tiles;
+    args.splits = smaller(wanted / args.tiles, chunks);
+  }
+  args.slots = (in.pixels() + n - 1) / n + 1;
+  args.accumulator_bytes = args.splits == 1 ? 0 : args.splits * args.panels * in.channels * unit;
+}
+
+static void mlp_plan(MlpArgs& args) {
+  if (args.in.dtype == Dtype::kFloat64) return mlp_plan_typed<double>(args);
+  mlp_plan_typed<float>(args);
+}
+
+// Writes GN(x) of one panel as (channels, lanes).
+template <class T>
+static void pack_panel(const Image& in, int64_t panel, const Acc<T>* center, const Acc<T>* scale,
+                       const Acc<T>* shift, const Run& run, Acc<T>* out) {
+  using A = Acc<T>;
+  constexpr int w = kLanes<A>, n = kPanel<A>;
+  int64_t channels = in.channels, pixels = in.pixels();
+  const T* x = as<T>(in.data) + run.image * channels * pixels;
+  (void)panel;
+  if (!in.channels_last) {
+    for (int64_t c = 0; c < channels; ++c) {
+      const T* from = x + c * pixels + run.pixel;
+      A* to = out + c * n + run.lane;
+      if (run.count == n) {
+        store(to, (load(from) - center[c]) * scale[c] + shift[c]);
+        store(to + w, (load(from + w) - center[c]) * scale[c] + shift[c]);
+      } else {
+        for (int i = 0; i < run.count; ++i)
+          to[i] = (load1(from + i) - center[c]) * scale[c] + shift[c];
+      }
+    }
+    return;
+  }
+  const T* from = x + run.pixel * channels;
+  int lane = 0;
+  for (; lane + w <= run.count; lane += w) {
+    int64_t c = 0;
+    for (; c + w <= channels; c += w) {
+      Vec<A> m = load(center + c), a = load(scale + c), b = load(shift + c), rows[w];
+#pragma GCC unroll 16
+      for (int i = 0; i < w; ++i) rows[i] = (load(from + (lane + i) * channels + c) - m) * a + b;
+      transpose<A>(rows);
+#pragma GCC unroll 16
+      for (int i = 0; i < w; ++i) store(out + (c + i) * n + run.lane + lane, rows[i]);
+    }
+    for (; c < channels; ++c) {
+      for (int i = lane; i < lane + w; ++i) {
+        out[c * n + run.lane + i] =
+            (load1(from + i * channels + c) - center[c]) * scale[c] + shift[c];
+      }
+    }
+  }
+  for (; lane < run.count; ++lane) {
+    for (int64_t c = 0; c < channels; ++c) {
+      out[c * n + run.lane + lane] =
+          (load1(from + lane * channels + c) - center[c]) * scale[c] + shift[c];
+    }
+  }
+}
+
+// z of one run from sums (channels, lanes): x + gain sums + shift.
+template <class T>
+static void write_run(const Image& in, T* out, const Run& run, const Acc<T>* sums,
+                      const Acc<T>* gain, const Acc<T>* shift) {
+  using A = Acc<T>;
+  constexpr int w = kLanes<A>, n = kPanel<A>;
+  int64_t channels = in.channels, pixels = in.pixels(), image = run.image * channels * pixels;
+  const T* x = as<T>(in.data) + image;
+  T* z = out + image;
+  if (!in.channels_last) {
+    for (int64_t c = 0; c < channels; ++c) {
+      const A* from = sums + c * n + run.lane;
+      int64_t at = c * pixels + run.pixel;
+      int i = 0;
+      for (; i + w <= run.count; i += w) {
+        store(z + at + i, load(x + at + i) + (load(from + i) * gain[c] + shift[c]));
+      }
+      for (; i < run.count; ++i)
+        store1(z + at + i, load1(x + at + i) + (from[i] * gain[c] + shift[c]));
+    }
+    return;
+  }
+  int lane = 0;
+  int64_t base = run.pixel * channels;
+  for (; lane + w <= run.count; lane += w) {
+    int64_t c = 0;
+    for (; c + w <= channels; c += w) {
+      Vec<A> a = load(gain + c), b = load(shift + c), rows[w];
+#pragma GCC unroll 16
+      for (int i = 0; i < w; ++i) rows[i] = load(sums + (c + i) * n + run.lane + lane);
+      transpose<A>(rows);
+#pragma GCC unroll 16
+      for (int i = 0; i < w; ++i) {
+        int64_t at = base + (lane + i) * channels + c;
+        store(z + at, load(x + at) + (rows[i] * a + b));
+      }
+    }
+    for (; c < channels; ++c) {
+      for (int i = lane; i < lane + w; ++i) {
+        int64_t at = base + i * channels + c;
+        store1(z + at, load1(x + at) + (sums[c * n + run.lane + i] * gain[c] + shift[c]));
+      }
+    }
+  }
+  for (; lane < run.count; ++lane) {
+    for (int64_t c = 0; c < channels; ++c) {
+      int64_t at = base + lane * channels + c;
+      store1(z + at, load1(x + at) + (sums[c * n + run.lane + lane] * gain[c] + shift[c]));
+    }
+  }
+}
+
+// h = act(h + bias) for h (rows, lanes).
+template <Activation kActivation, class A>
+static void activate_rows(A* h, const A* bias, int64_t rows) {
+  constexpr int w = kLanes<A>, n = kPanel<A>;
+  for (int64_t r = 0; r < rows; ++r, h += n) {
+    if constexpr (std::is_same_v<A, double>) {
+      for (int i = 0; i < n; ++i) h[i] = activate<kActivation>(h[i] + bias[r]);
+    } else {
+      Vec<A> first = activate<kActivation>(load(h) + bias[r]);
+      Vec<A> second = activate<kActivation>(load(h + w) + bias[r]);
+      store(h, first);
+      store(h + w, second);
+    }
+  }
+}
+
+template <class A>
+static void activate_panel(Activation activation, A* h, const A* bias, int64_t rows) {
+  switch (activation) {
+    case Activation::kGelu:
+      return activate_rows<Activation::kGelu>(h, bias, rows);
+    case Activation::kGeluTanh:
+      return activate_rows<Activation::kGeluTanh>(h, bias, rows);
+    case Activation::kRelu:
+      return activate_rows<Activation::kRelu>(h, bias, rows);
+    case Activation::kSilu:
+      return activate_rows<Activation::kSilu>(h, bias, rows);
+  }
+}
+
+// The epilogue of one panel, with the statistics of what was stored.
+template <class T>
+static void write_panel(const MlpArgs& args, int64_t panel, const Acc<T>* sums, Acc<T>* gain,
+                        int64_t& last_image) {
+  using A = Acc<T>;
+  const Image& in = args.in;
+  A* shift = gain + in.channels;
+  T* out = static_cast<T*>(args.out);
+  for_each_run(in, panel, kPanel<A>, [&](const Run& run) {
+    if (run.image != last_image) {
+      last_image = run.image;
+      A k = args.drop_path ? static_cast<A>(args.drop_path[run.image]) : A(1);
+      A ka = args.hidden_drop_path ? static_cast<A>(args.hidden_drop_path[run.image]) : A(1);
+      load_all<T>(as<T>(args.layer_scale), gain, in.channels, A(1));
+      load_all<T>(as<T>(args.fc2_bias), shift, in.channels, A(0));
+      for (int64_t c = 0; c < in.channels; ++c) {
+        gain[c] *= k;
+        shift[c] *= gain[c];
+        gain[c] *= ka;
+      }
+    }
+    write_run<T>(in, out, run, sums, gain, shift);
+    for (int64_t g = 0; args.partials && g < in.groups; ++g) {
+      int64_t slot = panel - run.image * in.pixels() / kPanel<A>;
+      args.partials[(run.image * in.groups + g) * args.slots + slot] =
+          pixel_statistics(in, out, run.image, g, run.pixel, run.count);
+    }
+  });
+}
+
+template <class T>
+static void mlp_tile(const MlpArgs& args, int64_t tile, int64_t split, Acc<T>* memory) {
+  using A = Acc<T>;
+  constexpr int n = kPanel<A>;
+  const Image& in = args.in;
+  int64_t channels = in.channels, panel_size = channels * n;
+  int64_t first = tile * args.panels / args.tiles, last = (tile + 1) * args.panels / args.tiles;
+  int64_t count = last - first, left = in.batch * in.pixels() - (last - 1) * n;
+  int64_t last_lanes = smaller(left, n);
+  A* x = memory;
+  A* sums = x + count * panel_size;
+  A* hidden = sums + count * panel_size;
+  A* spare = hidden + count * args.chunk * n;
+  A* bias = spare + kRows * larger(channels, args.chunk);
+  A *center = bias + args.chunk, *scale = center + channels, *shift = scale + channels;
+  if (args.splits > 1) {
+    sums = static_cast<A*>(args.accumulators) + (split * args.panels + first) * panel_size;
+  }
+  int64_t image = -1;
+  for (int64_t p = first; p < last; ++p) {
+    A* to = x + (p - first) * panel_size;
+    for_each_run(in, p, n, [&](const Run& run) {
+      if (run.image != image) {
+        norm_coefficients<T>(in, run.image, args.mean, args.rstd, args.norm_weight, args.norm_bias,
+                             center, scale, shift);
+        image = run.image;
+      }
+      pack_panel<T>(in, p, center, scale, shift, run, to);
+    });
+    for (int64_t c = 0; p + 1 == last && last_lanes < n && c < channels; ++c) {
+      for (int64_t i = last_lanes; i < n; ++i) to[c * n + i] = 0;
+    }
+  }
+  const T *fc1 = as<T>(args.fc1_weight), *fc2 = as<T>(args.fc2_weight), *b1 = as<T>(args.fc1_bias);
+  int64_t chunks = (args.hidden + args.chunk - 1) / args.chunk;
+  int64_t from = chunks * split / args.splits, to = chunks * (split + 1) / args.splits;
+  for (int64_t i = from; i < to; ++i) {
+    int64_t start = i * args.chunk, size = smaller(args.chunk, args.hidden - start);
+    load_all<T>(b1 ? b1 + start : nullptr, bias, size, A(0));
+    gemm<T>(fc1 + start * channels, channels, size, channels, x, panel_size, count, last_lanes,
+            hidden, size * n, false, spare);
+    for (int64_t p = 0; p < count; ++p) {
+      activate_panel<A>(args.activation, hidden + p * size * n, bias, size);
+    }
+    gemm<T>(fc2 + start, args.hidden, channels, size, hidden, size * n, count, last_lanes, sums,
+            panel_size, i > from, spare);
+  }
+  image = -1;
+  for (int64_t p = first; args.splits == 1 && p < last; ++p) {
+    write_panel<T>(args, p, sums + (p - first) * panel_size, center, image);
+  }
+}
+
+}  // namespace poolformer::cpu::POOLFORMER_ISA
