@@ -2,6 +2,8 @@
 // read where they are, row by row and broadcast; the vectors run along the lanes (pixels).
 #pragma once
 
+#include "vec.inl"
+
 namespace poolformer::cpu::POOLFORMER_ISA {
 
 constexpr int kRows = POOLFORMER_ROWS;  // kRows x 2 vectors of sums, 2 + 1 more: all registers

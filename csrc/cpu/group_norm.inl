@@ -1,6 +1,8 @@
 // y = (x - mean) * (rstd * weight) + bias.
 #pragma once
 
+#include "statistics.inl"
+
 namespace poolformer::cpu::POOLFORMER_ISA {
 
 // Per channel of one image: centre, scale and shift of the normalisation.

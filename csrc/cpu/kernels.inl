@@ -1,12 +1,9 @@
 // All kernels for one instruction set, as a table. isa_*.cpp include this after choosing the
 // target, and after the standard headers, whose functions must not be compiled for it.
-#include "../math.h"
-#include "gemm.inl"
 #include "group_norm.inl"
 #include "mlp.inl"
 #include "pool_mixer.inl"
 #include "statistics.inl"
-#include "vec.inl"
 
 namespace poolformer::cpu::POOLFORMER_ISA {
 

@@ -2,6 +2,10 @@
 // in chunks, and stay in the cache.
 #pragma once
 
+#include "gemm.inl"
+#include "group_norm.inl"
+#include "pool_mixer.inl"
+
 namespace poolformer::cpu::POOLFORMER_ISA {
 
 // The pixels of a panel that lie in one image.

@@ -2,6 +2,8 @@
 // bias of the normalisation cancel. Sums are vertical first, then horizontal.
 #pragma once
 
+#include "statistics.inl"
+
 namespace poolformer::cpu::POOLFORMER_ISA {
 
 constexpr int64_t kStrip = 2048;  // values of a task, about

@@ -1,6 +1,8 @@
 // Statistics of images, in chunks that stay in the first-level cache.
 #pragma once
 
+#include "vec.inl"
+
 namespace poolformer::cpu::POOLFORMER_ISA {
 
 constexpr int64_t kChunk = 4096;

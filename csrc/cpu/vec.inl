@@ -2,6 +2,8 @@
 // conversions.
 #pragma once
 
+#include "../math.h"
+
 namespace poolformer::cpu::POOLFORMER_ISA {
 
 #define PF_INLINE static inline __attribute__((always_inline))
