@@ -114,12 +114,12 @@ def check_parameter(
     op: str, name: str, t: Tensor | None, shape: tuple[int, ...], x: Tensor, autocast: bool
 ) -> None:
     """Refuse a parameter (None is fine) that does not fit x in shape, device or dtype."""
-    if t is None or (
-        t.shape == shape and t.device == x.device and (t.dtype == x.dtype or autocast)
-    ):
+    if t is None:
         return
     if not isinstance(t, Tensor):
         raise TypeError(f"{op}: {name} is a {type(t).__name__}; it has to be a torch.Tensor.")
+    if t.shape == shape and t.device == x.device and (t.dtype == x.dtype or autocast):
+        return
     if t.shape != shape:
         raise ValueError(
             f"{op}: {name} has shape {tuple(t.shape)}; x of shape {tuple(x.shape)} needs {shape}."
@@ -157,8 +157,8 @@ def check_factor(op: str, name: str, factor: Tensor | None, x: Tensor) -> None:
     """Refuse per-image factors that are not (B), constant, and float32 or x's dtype."""
     if factor is None:
         return
-    acc = accumulate_dtype(x.dtype)
-    check_parameter(op, name, factor, (x.shape[0],), x, autocast=factor.dtype == acc)
+    accumulated = isinstance(factor, Tensor) and factor.dtype == accumulate_dtype(x.dtype)
+    check_parameter(op, name, factor, (x.shape[0],), x, accumulated)
     if factor.requires_grad:
         raise ValueError(
             f"{op}: {name} requires a gradient, and none is computed for it; pass {name}.detach()."
