@@ -200,8 +200,7 @@ class _Fit:
         if "norm.weight" in state:  # a head with a classifier on one side only: another num_labels
             resized |= {k for k in state.keys() ^ shapes.keys() if k.startswith("classifier.")}
         self.resized = [
-            f"{key} {_shape(state.get(key))} in the checkpoint, {_shape(shapes.get(key))} in the "
-            "model"
+            f"{key} ({_shape(state.get(key))} there, {_shape(shapes.get(key))} in the model)"
             for key in sorted(resized)
         ]
         lacking = [p for p in model.may_lack if not any(k.startswith(p) for k in state)]

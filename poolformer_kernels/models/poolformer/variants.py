@@ -37,6 +37,8 @@ def hub_name(source: str | os.PathLike[str]) -> str | os.PathLike[str]:
     """The hub repository of a variant's bare name; anything else is passed on."""
     if isinstance(source, str) and "/" not in source and not Path(source).exists():
         short = variant_name(source)
-        if short is not None:
-            return f"timm/{source}" if "." in source else f"sail/poolformer_{short}"
+        if short is not None and "." not in source:
+            return f"sail/poolformer_{short}"
+        if short is not None and source.endswith(".sail_in1k"):
+            return f"timm/{source}"
     return source
