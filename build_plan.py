@@ -12,6 +12,7 @@ from pathlib import Path
 
 MODES = ("auto", "cuda", "cpu", "none")
 DEFAULT_ARCHS = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
+ARCH_NAMES = ("native", "Turing", "Ampere", "Ada", "Hopper", "Blackwell")  # of PyTorch
 BYTES_PER_JOB = 4 * 2**30
 
 
@@ -36,11 +37,19 @@ class Machine:
 
 @dataclass(frozen=True)
 class Plan:
-    """mode: "cuda" (CUDA and CPU sources), "cpu" or "none"; note: one sentence on why."""
+    """mode: "cuda" (CPU and CUDA kernels), "cpu" or "none"; why: what led to it."""
 
     mode: str
-    note: str
+    why: str
     archs: str = ""  # in the form of TORCH_CUDA_ARCH_LIST
+
+    def __str__(self) -> str:
+        what = {
+            "cuda": f"CPU and CUDA kernels, for {self.archs}",
+            "cpu": "CPU kernels only",
+            "none": "no kernels, plain PyTorch will run everything",
+        }
+        return f"{what[self.mode]} ({self.why})"
 
 
 def _no_compiler(machine: Machine) -> str | None:
@@ -62,8 +71,8 @@ def _no_compiler(machine: Machine) -> str | None:
 def _no_cuda(machine: Machine) -> str | None:
     if machine.torch_cuda is None:
         return (
-            f"PyTorch {machine.torch} was built without CUDA: install a CUDA build of PyTorch "
-            "(https://pytorch.org/get-started)"
+            f"PyTorch {machine.torch} was built without CUDA: for CUDA kernels, install a CUDA "
+            "build of PyTorch, see https://pytorch.org/get-started"
         )
     if machine.nvcc is None:
         return (
@@ -95,7 +104,7 @@ def _archs(asked: str | None, machine: Machine) -> str:
                 "TORCH_CUDA_ARCH_LIST is native, and no GPU is visible here: name the compute "
                 f"capabilities instead, such as {DEFAULT_ARCHS}"
             )
-        if not number and not re.fullmatch(r"native|[A-Z][a-z]+(\+Tegra|\+PTX)?", name):
+        if not number and name not in ARCH_NAMES:
             raise BuildError(
                 f"TORCH_CUDA_ARCH_LIST has {name!r}, which is no compute capability: write "
                 f"numbers such as {DEFAULT_ARCHS}"
@@ -116,7 +125,7 @@ def plan(request: str, machine: Machine | None, arch_list: str | None = None) ->
     if request not in MODES:
         raise BuildError(f"POOLFORMER_BUILD is {request!r}, and must be one of {', '.join(MODES)}")
     if request == "none":
-        return Plan("none", "no extension, as POOLFORMER_BUILD=none asks: plain PyTorch is used")
+        return Plan("none", "POOLFORMER_BUILD=none")
     if machine is None:
         raise BuildError(
             "PyTorch is needed to build and was not found. Run `pip install torch`, then `pip "
@@ -125,18 +134,18 @@ def plan(request: str, machine: Machine | None, arch_list: str | None = None) ->
         )
     lack = _no_compiler(machine)
     if lack and request == "auto":
-        return Plan("none", f"no extension, plain PyTorch is used: {lack}; then install again")
+        return Plan("none", lack)
     if lack:
         raise BuildError(f"POOLFORMER_BUILD={request}: {lack}")
     if request == "cpu":
-        return Plan("cpu", "CPU kernels only, as POOLFORMER_BUILD=cpu asks")
+        return Plan("cpu", "POOLFORMER_BUILD=cpu")
     lack = _no_cuda(machine)
     if lack and request == "auto":
-        return Plan("cpu", f"CPU kernels only: {lack}")
+        return Plan("cpu", lack)
     if lack:
         raise BuildError(f"POOLFORMER_BUILD=cuda: {lack}")
     archs = _archs(arch_list, machine)
-    return Plan("cuda", f"CPU and CUDA kernels (CUDA {machine.nvcc}, for {archs})", archs)
+    return Plan("cuda", f"CUDA {machine.nvcc}", archs)
 
 
 def _output(*command: str) -> str:

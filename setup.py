@@ -51,14 +51,14 @@ def without_extension(plan: build_plan.Plan) -> dict:
         def run(self):
             super().run()
             if not self.editable_mode:
-                write_record(Path(self.build_lib, PACKAGE), {"mode": plan.mode, "note": plan.note})
+                write_record(Path(self.build_lib, PACKAGE), {"mode": plan.mode, "why": plan.why})
 
     class BuildExtension(build_ext):
         def run(self):
             if self.inplace:
                 for stale in (ROOT / PACKAGE).glob("_C.*"):
                     stale.unlink()
-                write_record(ROOT / PACKAGE, {"mode": plan.mode, "note": plan.note})
+                write_record(ROOT / PACKAGE, {"mode": plan.mode, "why": plan.why})
 
     return {"cmdclass": {"build_py": BuildPy, "build_ext": BuildExtension}}
 
@@ -72,7 +72,7 @@ def with_extension(plan: build_plan.Plan, machine: build_plan.Machine) -> dict:
         os.environ.update(CUDA_HOME=machine.cuda_home, TORCH_CUDA_ARCH_LIST=plan.archs)
     from torch.utils import cpp_extension
 
-    record = {"mode": plan.mode, "note": plan.note, **_extension.environment()}
+    record = {"mode": plan.mode, "why": plan.why, **_extension.environment()}
     record["torch_version"] = machine.torch
     record["cuda_archs"] = plan.archs.split(";") if plan.archs else []
     record["nvcc"] = machine.nvcc if plan.mode == "cuda" else None
@@ -115,16 +115,16 @@ def with_extension(plan: build_plan.Plan, machine: build_plan.Machine) -> dict:
 
 def configure() -> dict:
     """Arguments of setup() for what POOLFORMER_BUILD and this machine lead to."""
-    if int(setuptools.__version__.split(".")[0]) < 77:
-        raise build_plan.BuildError(
-            f"setuptools {setuptools.__version__} is too old: run `pip install 'setuptools>=77'`"
-        )
     if not BUILDS & set(sys.argv):
         return {}
     request = os.environ.get("POOLFORMER_BUILD") or "auto"
     machine = build_plan.find_machine() if request != "none" else None
     plan = build_plan.plan(request, machine, os.environ.get("TORCH_CUDA_ARCH_LIST"))
-    print(f"{PACKAGE}: {plan.note}", file=sys.stderr)
+    print(f"{PACKAGE}: {plan}", file=sys.stderr)
+    if int(setuptools.__version__.split(".")[0]) < 77:
+        raise build_plan.BuildError(
+            f"setuptools {setuptools.__version__} is too old: run `pip install 'setuptools>=77'`"
+        )
     return without_extension(plan) if plan.mode == "none" else with_extension(plan, machine)
 
 

@@ -120,11 +120,13 @@ def _extension_lines(extension: dict[str, Any]) -> list[str]:
     if not extension["loaded"]:
         return [f"Extension: not loaded; {extension['why_not']}"]
     build = extension["build"]
-    archs = ", ".join(build["cuda_archs"]) or "none"
+    what = f"CPU kernels only ({build.get('why', 'of an older build')})"
+    if archs := build.get("cuda_archs"):
+        what = f"CPU and CUDA kernels, for {', '.join(archs)}"
+    tools = [tool for tool in (build.get("compiler"), build.get("nvcc")) if tool]
     return [
-        f"Extension: loaded; {build['note']}",
-        f"  built for PyTorch {build['torch_version']}, CUDA architectures: {archs}",
-        f"  with {build['compiler']}" + (f", nvcc {build['nvcc']}" if build["nvcc"] else ""),
+        f"Extension: loaded; {what}",
+        f"  built for PyTorch {build['torch']}, with {', nvcc '.join(tools) or 'unknown tools'}",
     ]
 
 

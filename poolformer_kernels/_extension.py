@@ -60,8 +60,8 @@ def check(folder: Path, running: dict[str, Any]) -> str | None:
     here = folder / f"_C{importlib.machinery.EXTENSION_SUFFIXES[0]}"
     others = sorted(p.name for p in folder.glob("_C.*") if p.suffix in (".so", ".pyd"))
     if not others:
-        note = (build_info(folder) or {}).get("note", "it needs a C++ compiler")
-        return f"the extension is not built ({note}): {_cure()}"
+        why = (build_info(folder) or {}).get("why", "it needs a C++ compiler")
+        return f"the extension is not built ({why}): to build it, {_cure()}"
     if not here.exists():
         return (
             f"the extension was built for another Python ({', '.join(others)}, and this one needs "
@@ -108,7 +108,7 @@ def why_not() -> str | None:
 def build_info(folder: Path = FOLDER) -> dict[str, Any] | None:
     """The build record, or None if there is none.
 
-    Keys: mode ("cuda", "cpu" or "none"), note (why that mode) and, where there is an extension,
+    Keys: mode ("cuda", "cpu" or "none"), why (that mode) and, where there is an extension,
     those of `MUST_MATCH`, torch_version, cuda_archs, nvcc and compiler.
     """
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import torch
@@ -23,9 +22,7 @@ def main() -> None:
     ours = poolformer_kernels.pool_mixer(x, weight, bias, backend="cpu")
     plain = poolformer_kernels.pool_mixer(x, weight, bias, backend="torch")
     torch.testing.assert_close(ours, plain)
-    print(
-        f"{package} works: {record['note']}, PyTorch {torch.__version__}, {sys.version.split()[0]}"
-    )
+    print(f"{package} works: built for {record['mode']}, with PyTorch {torch.__version__}")
 
 
 if __name__ == "__main__":

@@ -70,8 +70,8 @@ def test_broken_record(tmp_path: Path, record: object, said: str) -> None:
 def test_not_built_says_why(tmp_path: Path) -> None:
     reason = _extension.check(tmp_path, RUNNING)
     assert reason is not None and "not built" in reason
-    note = {"mode": "none", "note": "no C++ compiler was found"}
-    (tmp_path / _extension.RECORD).write_text(json.dumps(note))
+    record = {"mode": "none", "why": "no C++ compiler was found"}
+    (tmp_path / _extension.RECORD).write_text(json.dumps(record))
     reason = _extension.check(tmp_path, RUNNING)
     assert reason is not None and "not built (no C++ compiler was found)" in reason
 
