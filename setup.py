@@ -115,16 +115,17 @@ def with_extension(plan: build_plan.Plan, machine: build_plan.Machine) -> dict:
 
 def configure() -> dict:
     """Arguments of setup() for what POOLFORMER_BUILD and this machine lead to."""
+    if int(setuptools.__version__.split(".")[0]) < 77:  # as pip checks in isolated builds only
+        raise build_plan.BuildError(
+            f"setuptools {setuptools.__version__} is too old: run `pip install torch "
+            "'setuptools>=77'`, then `pip install --no-build-isolation .`"
+        )
     if not BUILDS & set(sys.argv):
         return {}
     request = os.environ.get("POOLFORMER_BUILD") or "auto"
     machine = build_plan.find_machine() if request != "none" else None
     plan = build_plan.plan(request, machine, os.environ.get("TORCH_CUDA_ARCH_LIST"))
     print(f"{PACKAGE}: {plan}", file=sys.stderr)
-    if int(setuptools.__version__.split(".")[0]) < 77:
-        raise build_plan.BuildError(
-            f"setuptools {setuptools.__version__} is too old: run `pip install 'setuptools>=77'`"
-        )
     return without_extension(plan) if plan.mode == "none" else with_extension(plan, machine)
 
 
