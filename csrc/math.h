@@ -37,71 +37,75 @@ POOLFORMER_INLINE To bit_cast(From from) {
   return to;
 }
 
-// exp(-hi - lo) for 0 <= hi <= 86, with lo small: 1 ulp.
-// Polynomial: weighted least squares, reweighted towards the minimax, on |r| <= ln(2)/2: 2e-9.
+constexpr float kTiny = 5.42101086e-20f;  // 2^-64
+
+// exp(-(y + rest) / 2) / kTiny for 0 <= y <= 240 and a small rest, to 1 ulp.
+// Polynomial: weighted least squares, reweighted towards the minimax, of exp on +-ln(2)/2: 2e-9.
 template <class V>
-POOLFORMER_INLINE V exp_negative(V hi, V lo) {
+POOLFORMER_INLINE V exp_of_half(V y, V rest) {
   using I = typename IntegersOf<V>::type;
-  V shifted = hi * -1.44269504f + 12582912.f;  // rounds to an integer, held in the low bits
-  V n = shifted - 12582912.f;
-  V r = (-hi - n * 0.693359375f) - (n * -2.12194442e-4f + lo);
-  V p = r * 1.38368458e-3f + 8.37481581e-3f;
-  p = p * r + 4.16682251e-2f;
-  p = p * r + 0.166664198f;
-  p = p * r + 0.499999911f;
-  p = (p * r) * r + r;
-  p = p + 1.f;
+  V shifted = y * -0.72134752f + 12582976.f;  // 64 + an integer, held in the low bits
+  V n = shifted - 12582976.f;
+  V r = (-y - n * 1.38671875f) - (n * -4.24388884e-4f + rest);
+  V p = r * 2.16200716e-5f + 2.61712994e-4f;
+  p = p * r + 2.60426407e-3f;
+  p = p * r + 2.08330248e-2f;
+  p = p * r + 0.124999978f;
+  p = p * r + 0.5f;
+  p = p * r + 1.f;
   return bit_cast<V>(bit_cast<I>(p) + (bit_cast<I>(shifted) << 23));
 }
 
-// x * Phi(x) = max(x, 0) - |x| * Q(|x|), where Q(a) = exp(-a^2 / 2) * t * P(t), t = 1 / (1 + 0.3
-// a): no cancellation in either tail. P: fitted as above to erfcx on 0 <= a <= 13.5: 3.5e-9.
-// gelu(-inf) is the limit, 0.
+template <class V>
+POOLFORMER_INLINE V magnitude(V x) {
+  using I = typename IntegersOf<V>::type;
+  return bit_cast<V>(bit_cast<I>(x) & 0x7fffffff);
+}
+
+// x Phi(x) = max(x, 0) - |x| Q(|x|), where Q(a) = exp(-a^2 / 2) N(a) / D(a): no cancellation in
+// either tail, and 0 in the limit. N / D: fitted as above to erfcx on [0, 15]: 7e-9.
 template <class V>
 POOLFORMER_INLINE V gelu(V x) {
   using I = typename IntegersOf<V>::type;
-  V zero = {}, limit = zero + 13.f;
-  V a = x < zero ? -x : x;
-  V outside = a > limit ? zero : zero + 1.f;
+  V zero = {}, limit = zero + 15.f;
+  V a = magnitude(x);
   a = a > limit ? limit : a;                      // NaN stays
-  V head = bit_cast<V>(bit_cast<I>(a) & ~0xfff);  // head^2 / 2 is exact
-  V t = 1.f / (a * 0.3f + 1.f);
-  V p = t * -2.05946174e-2f + 0.112273261f;
-  p = p * t - 0.227816939f;
-  p = p * t + 0.191233337f;
-  p = p * t - 7.89443552e-2f;
-  p = p * t + 9.58872363e-2f;
-  p = p * t + 7.84876198e-2f;
-  p = p * t + 0.110213302f;
-  p = p * t + 0.119574621f;
-  p = p * t + 0.119686536f;
-  V e = exp_negative<V>(head * head * 0.5f, (a - head) * (a + head) * 0.5f);
-  return (x < zero ? zero : x) - (a * outside) * (e * (t * p));
+  V head = bit_cast<V>(bit_cast<I>(a) & ~0xfff);  // its square is exact
+  V e = exp_of_half<V>(head * head, (a - head) * (a + head));
+  V top = a * (4.15322231e-3f * kTiny) + 4.08810973e-2f * kTiny;
+  V bottom = a * 1.04104728e-2f + 0.10247983f;
+  top = top * a + 0.183969066f * kTiny;
+  bottom = bottom * a + 0.471408516f;
+  top = top * a + 0.439283371f * kTiny;
+  bottom = bottom * a + 1.20554805f;
+  top = top * a + 0.5f * kTiny;
+  bottom = bottom * a + 1.6764518f;
+  bottom = bottom * a + 1.f;
+  return (x < zero ? zero : x) - (a * e) * (top / bottom);
 }
 
 // x / (1 + exp(-u)).
 template <class V>
 POOLFORMER_INLINE V gate(V x, V u) {
-  V zero = {}, one = zero + 1.f, limit = zero + 86.f;
-  V a = u < zero ? -u : u;
-  a = a > limit ? limit : a;
-  V e = exp_negative<V>(a, zero);
-  V inside = u < -limit ? zero : one;
-  return (u < zero ? (x * inside) * e : x) / (e + 1.f);
+  V zero = {}, limit = zero + 240.f;
+  V y = magnitude(u) * 2.f;
+  y = y > limit ? limit : y;
+  V e = exp_of_half<V>(y, zero) * kTiny;
+  return (u < zero ? x * e : x) / (e + 1.f);
 }
 
 // 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))
 template <class V>
 POOLFORMER_INLINE V gelu_tanh(V x) {
   V zero = {}, limit = zero - 20.f;
-  V y = x < limit ? limit : x;
-  V cube = y * y * 7.1354814e-2f + 1.59576912f;  // 2 sqrt(2 / pi) times 0.044715 and 1
-  return gate<V>(y, y * cube);
+  V y = x < limit ? limit : x;                    // 0 for -inf
+  V scale = y * y * 7.1354816e-2f + 1.59576912f;  // 2 sqrt(2 / pi) times 0.044715 and 1
+  return gate<V>(y, y * scale);
 }
 
 template <class V>
 POOLFORMER_INLINE V silu(V x) {
-  V zero = {}, limit = zero - 100.f;
+  V zero = {}, limit = zero - 130.f;
   V y = x < limit ? limit : x;
   return gate<V>(y, y);
 }

@@ -11,8 +11,22 @@ template <class A>
 constexpr int kPanel = 2 * kLanes<A>;  // lanes of a panel; the last may use one vector only
 
 template <class A, int kCount, int kVectors>
-static inline void multiply(const A* weight, int64_t stride, const A* panel, int64_t depth, A* out,
-                            bool add) {
+PF_INLINE void multiply_step(const A* const* rows, const A* panel, int64_t k,
+                             Vec<A> (&sums)[kCount][kVectors]) {
+  Vec<A> in[kVectors];
+#pragma GCC unroll 2
+  for (int j = 0; j < kVectors; ++j) in[j] = load(panel + j * kLanes<A>);
+#pragma GCC unroll 16
+  for (int i = 0; i < kCount; ++i) {
+    Vec<A> value = splat(rows[i][k]);
+#pragma GCC unroll 2
+    for (int j = 0; j < kVectors; ++j) sums[i][j] += value * in[j];
+  }
+}
+
+template <class A, int kCount, int kVectors>
+static __attribute__((noinline)) void multiply(const A* weight, int64_t stride, const A* panel,
+                                               int64_t depth, A* out, bool add) {
   constexpr int w = kLanes<A>, n = kPanel<A>;
   Vec<A> sums[kCount][kVectors];
 #pragma GCC unroll 16
@@ -23,18 +37,13 @@ static inline void multiply(const A* weight, int64_t stride, const A* panel, int
   const A* rows[kCount];
 #pragma GCC unroll 16
   for (int i = 0; i < kCount; ++i) rows[i] = weight + i * stride;
+  int64_t k = 0;
 #pragma GCC unroll 1
-  for (int64_t k = 0; k < depth; ++k) {
-    Vec<A> in[kVectors];
-#pragma GCC unroll 2
-    for (int j = 0; j < kVectors; ++j) in[j] = load(panel + k * n + j * w);
-#pragma GCC unroll 16
-    for (int i = 0; i < kCount; ++i) {
-      Vec<A> value = splat(rows[i][k]);
-#pragma GCC unroll 2
-      for (int j = 0; j < kVectors; ++j) sums[i][j] += value * in[j];
-    }
+  for (; k + 2 <= depth; k += 2) {  // two at a time: 95 % of the peak, one at a time 83 %
+    multiply_step<A, kCount, kVectors>(rows, panel + k * n, k, sums);
+    multiply_step<A, kCount, kVectors>(rows, panel + (k + 1) * n, k + 1, sums);
   }
+  if (k < depth) multiply_step<A, kCount, kVectors>(rows, panel + k * n, k, sums);
 #pragma GCC unroll 16
   for (int i = 0; i < kCount; ++i) {
 #pragma GCC unroll 2

@@ -34,7 +34,7 @@ static void mlp_plan_typed(MlpArgs& args) {
   args.panels = (in.batch * in.pixels() + n - 1) / n;
   args.chunk = smaller(args.hidden, POOLFORMER_CHUNK);
   int64_t most = l2_bytes() * 3 / 4 / ((2 * in.channels + args.chunk) * unit);
-  most = smaller(larger(most, 4), 64);
+  most = smaller(larger(most, 16), 64);  // fewer would read the weights too often
   args.tiles = (args.panels + most - 1) / most;
   int64_t wanted = 8, chunks = (args.hidden + args.chunk - 1) / args.chunk;
   if (args.panels >= wanted * 4 || args.tiles >= wanted) {

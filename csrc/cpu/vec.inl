@@ -41,7 +41,7 @@ using Acc = typename AccumulatorOf<T>::type;
 
 template <class A>
 PF_INLINE Vec<A> splat(A value) {
-  return Vec<A>{} + value;
+  return value - Vec<A>{};  // exact, and folded to a broadcast: + 0 would change -0
 }
 
 template <class E, int kCount>
