@@ -2,7 +2,7 @@
 
 A contender is a name and a function of no arguments that returns a tensor or several. The baseline
 is the first contender of a case; another one passes if each of its outputs is at most twice as far
-from the float64 reference as the baseline's, plus one rounding of the largest value. One that
+from the float64 reference as the baseline's, plus two roundings of the largest value. One that
 fails leaves the case untimed, and the program ends with exit code 1.
 
 Rounds are interleaved, and their order rotates (A B C, B C A, C A B, ...), so that a change in
@@ -11,6 +11,7 @@ the machine's speed meets all contenders alike. Only ratios within one run trave
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -59,27 +60,31 @@ def errors(outputs: Outputs, reference: Outputs) -> list[float]:
     """The largest absolute difference of each output; inf for a wrong shape or a NaN."""
     got, expected = _tensors(outputs), _tensors(reference)
     if len(got) != len(expected):
-        return [float("inf")] * len(expected)
+        return [math.inf] * len(expected)
     result = []
     for output, truth in zip(got, expected, strict=True):
         if output.shape != truth.shape:
-            result.append(float("inf"))
+            result.append(math.inf)
             continue
         difference = (output.detach().double().cpu() - truth.detach().double().cpu()).abs()
         largest = difference.max().item() if difference.numel() else 0.0
-        result.append(largest if largest == largest else float("inf"))
+        result.append(largest if largest == largest else math.inf)
     return result
 
 
 def gate(case: Case) -> dict[str, float]:
     """The error of every contender relative to the largest value, its worst output's.
 
+    An output that is 0 in exact arithmetic, as some gradients are, is held against the largest
+    output instead.
     Raises Disagreement if the baseline is off by more than rounding explains, or another contender
     by more than twice the baseline.
     """
     with torch.no_grad():
         reference = _tensors(case.reference())
-    scales = [max(t.detach().abs().max().item(), 1e-30) if t.numel() else 1.0 for t in reference]
+    scales = [t.detach().abs().max().item() if t.numel() else 0.0 for t in reference]
+    largest = max(scales, default=0.0) or 1.0
+    scales = [scale if scale > 1e-9 * largest else largest for scale in scales]
     epsilon = torch.finfo(case.dtype).eps
     bounds = [min(1000 * epsilon, 0.1) * scale for scale in scales]
     relative: dict[str, float] = {}
@@ -94,7 +99,7 @@ def gate(case: Case) -> dict[str, float]:
                     "nothing was timed"
                 )
         if index == 0:
-            bounds = [2 * e + epsilon * scale for e, scale in zip(got, scales, strict=True)]
+            bounds = [2 * (e + epsilon * scale) for e, scale in zip(got, scales, strict=True)]
         ratios = [error / scale for error, scale in zip(got, scales, strict=True)]
         relative[contender.name] = max(ratios, default=0.0)
     return relative
@@ -123,6 +128,7 @@ def measure(
     *,
     warmup: int = 2,
     min_sample_s: float = 0.0,
+    budget_s: float = math.inf,
     device: str = "cpu",
     clock: Callable[[], float] = time.perf_counter,
     tick: Callable[[], object] = lambda: None,
@@ -130,7 +136,8 @@ def measure(
     """Seconds a call of every contender, one sample a round.
 
     warmup: calls before the first sample, which also say how many calls make one sample of at least
-        `min_sample_s`. tick: called after every sample, for progress bars.
+        `min_sample_s`. budget_s: no new round after this time, but at least three.
+    tick: called after every sample, for progress bars.
     """
 
     def sample(contender: Contender, calls: int) -> float:
@@ -143,10 +150,13 @@ def measure(
 
     calls = {}
     for contender in contenders:
-        last = min((sample(contender, 1) for _ in range(warmup)), default=float("inf"))
+        last = min((sample(contender, 1) for _ in range(warmup)), default=math.inf)
         calls[contender.name] = max(1, round(min_sample_s / max(last, 1e-7)))
     samples: dict[str, list[float]] = {contender.name: [] for contender in contenders}
+    begin = clock()
     for turn in range(rounds):
+        if turn >= 3 and clock() - begin > budget_s:
+            break
         first = turn % len(contenders)
         for contender in [*contenders[first:], *contenders[:first]]:
             samples[contender.name].append(sample(contender, calls[contender.name]))
@@ -171,7 +181,7 @@ def run_case(case: Case, rounds: int, **options: Any) -> list[dict[str, Any]]:
                 "p80_ms": summary["p80"] * 1e3,
                 "speedup": baseline / summary["median"],
                 "error": relative[contender.name],
-                "rounds": rounds,
+                "rounds": len(samples[contender.name]),
                 **case.extra.get(contender.name, {}),
             }
         )

@@ -135,17 +135,21 @@ def weights(variant: str, checkpoint: str | None = None) -> PoolFormerForImageCl
     """The checkpoint's model, or `variant` with seeded weights. Not to be changed."""
     if checkpoint is not None:
         return PoolFormerForImageClassification.from_pretrained(checkpoint, dtype=torch.float32)
-    model = PoolFormerForImageClassification(PoolFormerConfig.from_variant(variant)).eval()
+    return seed(PoolFormerForImageClassification(PoolFormerConfig.from_variant(variant))).eval()
+
+
+@torch.no_grad()
+def seed(model: PoolFormerForImageClassification) -> PoolFormerForImageClassification:
+    """Gives `model` random parameters, always the same, that keep activations at a scale of 1."""
     generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in sorted(model.named_parameters()):
-            if "layer_scale" in name:  # the size that training gives them
-                parameter.uniform_(0.1, 0.5, generator=generator)
-            elif parameter.dim() > 1:
-                parameter.normal_(0, parameter[0].numel() ** -0.5, generator=generator)
-            else:  # norms' scales around 1, biases around 0
-                parameter.normal_(0, 0.1, generator=generator)
-                parameter += "norm" in name and name.endswith("weight")
+    for name, parameter in sorted(model.named_parameters()):
+        if "layer_scale" in name:  # the size that training gives them
+            parameter.uniform_(0.1, 0.5, generator=generator)
+        elif parameter.dim() > 1:
+            parameter.normal_(0, parameter[0].numel() ** -0.5, generator=generator)
+        else:  # norms' scales around 1, biases around 0
+            parameter.normal_(0, 0.1, generator=generator)
+            parameter += "norm" in name and name.endswith("weight")
     return model
 
 
