@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from types import ModuleType
 from typing import Any
 
@@ -76,12 +75,12 @@ def hf_model(config: PoolFormerConfig, name: str = "PoolFormerForImageClassifica
 
 
 def pair(config: PoolFormerConfig) -> tuple[Any, PoolFormerForImageClassification]:
-    """transformers' classifier and ours, in eval mode, with the same weights."""
+    """transformers' classifier and ours, in eval mode, over the same memory of weights."""
     theirs = hf_model(config)
     with torch.device("meta"):
         ours = PoolFormerForImageClassification(config)
     ours.load_state_dict(theirs.state_dict(), assign=True)
-    return theirs, copy.deepcopy(ours).eval()
+    return theirs, ours.eval()
 
 
 class OriginalBlock(nn.Module):

@@ -56,10 +56,9 @@ class TestFormats:
         with torch.no_grad():
             assert relative_error(ours(x).logits, original(x)) <= 1e-5
 
-    @pytest.mark.parametrize("name", ["poolformer_s12", "poolformer_m36"])
-    def test_timm_both_ways(self, name):
-        timm = real_timm(name, num_classes=7)
-        ours = Classifier(PoolFormerConfig.from_variant(name, num_labels=7)).eval()
+    def test_timm_both_ways(self):
+        timm = real_timm("poolformer_s12", num_classes=7)
+        ours = Classifier(PoolFormerConfig.from_variant("s12", num_labels=7)).eval()
         ours.load_state_dict(convert_state_dict(timm.state_dict()))
         assert_same_tensors(convert_state_dict(ours.state_dict(), to="timm"), timm.state_dict())
         x = torch.randn(1, 3, 64, 96)

@@ -121,8 +121,8 @@ def test_outputs_are_read_in_every_way():
 def test_compiles_in_one_graph(backend, training):
     """Tracing is what can break here, so the graph is run as it is (backend aot_eager)."""
     torch._dynamo.reset()
-    model = randomize(PoolFormerForImageClassification(tiny_config(drop_path_rate=0.3)))
-    model.train(training)
+    config = tiny_config(drop_path_rate=0.3, depths=[2, 0, 0, 1])
+    model = randomize(PoolFormerForImageClassification(config)).train(training)
     x, labels = torch.randn(2, 3, 40, 56), torch.tensor([0, 3])
     with use_backend(backend):
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
