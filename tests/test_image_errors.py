@@ -115,6 +115,10 @@ def test_missing_and_broken_configs(tmp_path):
         PoolFormerImageProcessor.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match="is a file; pass a folder"):
         PoolFormerImageProcessor().save_pretrained(file)
+
+
+def test_a_hub_that_cannot_help(tmp_path):
+    pytest.importorskip("huggingface_hub")
     with pytest.raises(FileNotFoundError, match="There is no folder 'no/such-model'"):
         PoolFormerImageProcessor.from_pretrained(
             "no/such-model", local_files_only=True, cache_dir=tmp_path / "cache"
