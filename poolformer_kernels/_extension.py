@@ -78,8 +78,8 @@ def check(folder: Path, running: dict[str, Any]) -> str | None:
         return f"the build record {RECORD} cannot be read ({error}): {_cure()}"
     if not different:
         return None
-    built = ", ".join(f"{MUST_MATCH[key]} {record[key]}" for key in different)
-    now = ", ".join(f"{MUST_MATCH[key]} {running[key]}" for key in different)
+    built = ", ".join(f"{MUST_MATCH[key]} {record[key] or 'none'}" for key in different)
+    now = ", ".join(f"{MUST_MATCH[key]} {running[key] or 'none'}" for key in different)
     return f"the extension was built for {built}, and this is {now}: {_cure()}"
 
 
