@@ -1,20 +1,23 @@
 """PoolFormer with fused kernels: ops, modules, models, and `accelerate` for your models."""
 
+from typing import TYPE_CHECKING, Any
+
 from . import backends, ops, reference
 from ._version import __version__
 from .backends import BackendUnavailable, use_backend
 from .models.poolformer import (
     PoolFormerBackbone,
     PoolFormerConfig,
-    PoolFormerFeatureExtractor,
     PoolFormerForImageClassification,
-    PoolFormerImageProcessor,
     PoolFormerModel,
     convert_state_dict,
 )
 from .modules import GroupNorm, Mlp, PoolFormerBlock, PoolMixer
 from .ops import group_norm, mlp, pool_mixer
 from .patch import accelerate, report, restore
+
+if TYPE_CHECKING:
+    from .models.poolformer import PoolFormerFeatureExtractor, PoolFormerImageProcessor
 
 __all__ = [
     "BackendUnavailable",
@@ -41,3 +44,12 @@ __all__ = [
     "restore",
     "use_backend",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The image processors, imported when first used: only they need numpy and Pillow."""
+    if name in ("PoolFormerFeatureExtractor", "PoolFormerImageProcessor"):
+        from .models import poolformer
+
+        return getattr(poolformer, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -91,8 +91,12 @@ def explain(call: Call) -> dict[str, str | None]:
     return reasons
 
 
-_state = threading.local()
-_resolved: dict[tuple[str, Call], str] = {}
+class _State(threading.local):
+    backend: str | None = None  # of the innermost use_backend of this thread
+
+
+_state = _State()
+_resolved: dict[tuple[object, ...], str] = {}
 
 
 def check_name(name: str, source: str = "backend") -> str:
@@ -110,7 +114,7 @@ def requested(backend: str | None = None) -> str:
     """The name that rules: the argument, the innermost `use_backend`, the environment, "auto"."""
     if backend is not None:
         return check_name(backend)
-    return getattr(_state, "backend", None) or _default
+    return _state.backend or _default
 
 
 @contextmanager
@@ -119,7 +123,7 @@ def use_backend(name: str) -> Iterator[None]:
 
     A model that torch.compile has compiled keeps the backends that it was compiled with.
     """
-    before = getattr(_state, "backend", None)
+    before = _state.backend
     _state.backend = check_name(name)
     try:
         yield
@@ -143,17 +147,19 @@ def resolve(
         BackendUnavailable: the backend asked for by name cannot run it.
     """
     name = requested(backend)
-    call = Call(op, device, dtype, act, grad, autocast)
-    chosen = _resolved.get((name, call))
+    key = (name, op, device, dtype, act, grad, autocast)
+    chosen = _resolved.get(key)
     if chosen is None:
-        if name == "auto":
-            chosen = next(name for name, reason in explain(call).items() if reason is None)
-        elif (reason := BACKENDS[name](call)) is not None:
-            raise BackendUnavailable(
-                f"{op}: backend {name!r} cannot run this call: {reason}. Pass backend='auto' to "
-                "take the best one that can; `python -m poolformer_kernels` shows them all."
-            )
-        else:
-            chosen = name
-        _resolved[name, call] = chosen
+        chosen = _resolved[key] = _choose(name, Call(op, device, dtype, act, grad, autocast))
     return chosen
+
+
+def _choose(name: str, call: Call) -> str:
+    if name == "auto":
+        return next(name for name, reason in explain(call).items() if reason is None)
+    if (reason := BACKENDS[name](call)) is not None:
+        raise BackendUnavailable(
+            f"{call.op}: backend {name!r} cannot run this call: {reason}. Pass backend='auto' to "
+            "take the best one that can; `python -m poolformer_kernels` shows them all."
+        )
+    return name

@@ -27,7 +27,13 @@ class Parts(NamedTuple):
     layer_scale_2: Tensor | None
     drop_paths: tuple[nn.Module, ...]
     dropouts: tuple[nn.Module, ...]
-    inner: tuple[nn.Module, ...]
+    containers: tuple[nn.Module, ...]
+
+    def inner(self) -> tuple[nn.Module, ...]:
+        """Every module inside the block whose call the fused ops replace."""
+        act = (self.act,) if isinstance(self.act, nn.Module) else ()
+        stock = (self.norm1, self.norm2, self.pool, self.fc1, self.fc2)
+        return *stock, *act, *self.drop_paths, *self.dropouts, *self.containers
 
 
 @dataclass(frozen=True)
@@ -194,18 +200,13 @@ def why_not(family: Family, block: nn.Module, parts: Parts) -> str | None:
         return "its forward has been replaced on the instance"
     if base is not None and own_forward is not base.forward:
         return f"{cls.__name__} overrides the forward of {base.__name__}"
-    stock = (parts.norm1, parts.norm2, parts.pool, parts.fc1, parts.fc2)
-    for module in (*stock, *parts.drop_paths, *parts.dropouts, *parts.inner):
+    for module in parts.inner():
         if module._forward_hooks or module._forward_pre_hooks:
             return f"there is a forward hook on its {_name(block, module)}"
         if module._backward_hooks or module._backward_pre_hooks:
             return f"there is a backward hook on its {_name(block, module)}"
         if "forward" in module.__dict__:
             return f"the forward of its {_name(block, module)} has been replaced on the instance"
-    if isinstance(parts.act, nn.Module) and (
-        parts.act._forward_hooks or parts.act._forward_pre_hooks
-    ):
-        return "there is a hook on its activation"
     if activation_name(parts.act) is None:
         return f"there is no kernel for its activation {type(parts.act).__name__}"
     return (
@@ -216,6 +217,24 @@ def why_not(family: Family, block: nn.Module, parts: Parts) -> str | None:
         or _why_not_product(block, parts.fc2)
         or _why_not_dropped(block, parts)
     )
+
+
+def unchanged(parts: Parts, types: tuple[type, ...]) -> bool:
+    """Whether the inner modules are still of these types and unhooked: quick, for every forward."""
+    modules = parts.inner()
+    if tuple(map(type, modules)) != types:
+        return False
+    for module in modules:
+        attributes = module.__dict__
+        if (
+            attributes["_forward_hooks"]
+            or attributes["_forward_pre_hooks"]
+            or attributes["_backward_hooks"]
+            or attributes["_backward_pre_hooks"]
+            or "forward" in attributes
+        ):
+            return False
+    return True
 
 
 def _name(block: nn.Module, module: nn.Module) -> str:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from . import backends
 from .drop_path import branch_dtypes, draw_block_drop_path, draw_drop_path
-from .ops._common import canonical_act, check_pool_size, is_autocast, needs_grad
+from .ops._common import canonical_act, check_pool_size, device_type, is_autocast, needs_grad
 from .ops.group_norm import group_norm
 from .ops.mlp import mlp
 from .ops.pool_mixer import pool_mixer
@@ -17,7 +17,7 @@ from .ops.pool_mixer import pool_mixer
 
 def shares_stats(x: Tensor, act: str, grad: bool, backend: str | None) -> bool:
     """Whether the block's ops hand statistics to one another: all backends but "torch" do."""
-    device, autocast = x.device.type, is_autocast(x)
+    device, autocast = device_type(x), is_autocast(x)
     mixer = backends.resolve("pool_mixer", device, x.dtype, None, grad, autocast, backend)
     channel = backends.resolve("mlp", device, x.dtype, act, grad, autocast, backend)
     return "torch" not in (mixer, channel)
@@ -203,9 +203,9 @@ class PoolFormerBlock(nn.Module):
             )
         self.pool_size, self.hidden_act = pool_size, hidden_act
         self.drop_path, self.backend = drop_path, backend
+        self.output = PoolFormerMlp(channels, hidden_channels or 4 * channels)
         self.before_norm = nn.GroupNorm(num_groups, channels, eps)
         self.after_norm = nn.GroupNorm(num_groups, channels, eps)
-        self.output = PoolFormerMlp(channels, hidden_channels or 4 * channels)
         scale = layer_scale_init_value if use_layer_scale else None
         self.register_parameter("layer_scale_1", _layer_scale(channels, scale))
         self.register_parameter("layer_scale_2", _layer_scale(channels, scale))

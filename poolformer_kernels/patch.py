@@ -21,10 +21,11 @@ import torch
 from torch import nn
 
 from . import backends
-from .blocks import FAMILIES, activation_name, family_of, pool_size, why_not
+from .blocks import FAMILIES, activation_name, family_of, pool_size, unchanged, why_not
 from .modules import GroupNorm, Mlp, PoolFormerBlock, PoolMixer, fused_block
 
 _BACKEND = "_poolformer_backend"
+_TYPES = "_poolformer_types"  # of the inner modules when accelerate found the block fit
 _NATIVE = (PoolFormerBlock, PoolMixer, Mlp, GroupNorm)
 
 
@@ -69,31 +70,27 @@ def accelerate(model: nn.Module, backend: str = "auto") -> nn.Module:
         )
     backends.check_name(backend)
     name = None if backend == "auto" else backend
-    left = {}
-    found = False
-    for path, module in model.named_modules():
-        if isinstance(module, _NATIVE):
-            found = True
-            _check_backend(module, backend)
-            module.backend = name
-        elif family_of(module) is not None:
-            found = True
-            original = _original(type(module))
-            reason = _why_not_now(module)
-            if reason is not None:
-                left[path or "model"] = reason
-                _restore_block(module)
-                continue
-            _check_backend(module, backend)
-            module.__class__ = _accelerated(original)
-            setattr(module, _BACKEND, name)
+    found = [
+        (path, module)
+        for path, module in model.named_modules()
+        if isinstance(module, _NATIVE) or family_of(module) is not None
+    ]
     if not found:
         raise ValueError(
             f"accelerate: found no PoolFormer block in this {type(model).__name__}. It takes "
             "PoolFormer of transformers, timm (poolformer_*), the original repository, and ours."
         )
-    for path, reason in left.items():
-        warnings.warn(f"accelerate left {path} as it was: {reason}", stacklevel=2)
+    for _, module in found:
+        _check_backend(module, backend)
+    for path, module in found:
+        if isinstance(module, _NATIVE):
+            module.backend = name
+        elif (reason := _why_not_now(module)) is not None:
+            _restore_block(module)
+            where = path or "model"
+            warnings.warn(f"accelerate left {where} as it was: {reason}", stacklevel=2)
+        else:
+            _accelerate_block(module, name)
     return model
 
 
@@ -135,10 +132,19 @@ def _check_backend(module: nn.Module, backend: str) -> None:
         backends.resolve(op, parameter.device.type, parameter.dtype, backend=backend)
 
 
+def _accelerate_block(module: nn.Module, backend: str | None) -> None:
+    family = family_of(module)
+    assert family is not None
+    module.__class__ = _accelerated(_original(type(module)))
+    setattr(module, _BACKEND, backend)
+    setattr(module, _TYPES, tuple(map(type, family.parts(module).inner())))
+
+
 def _restore_block(module: nn.Module) -> None:
     if hasattr(module, _BACKEND):
         module.__class__ = _original(type(module))
         delattr(module, _BACKEND)
+        delattr(module, _TYPES)
 
 
 def _original(cls: type[nn.Module]) -> Any:
@@ -150,7 +156,12 @@ def _original(cls: type[nn.Module]) -> Any:
 def _why_not_now(block: nn.Module) -> str | None:
     """Why `block` has to run its own forward; a compiled model keeps the answer."""
     family = family_of(block)
-    return None if family is None else why_not(family, block, family.parts(block))
+    if family is None:
+        return None
+    parts = family.parts(block)
+    if "forward" not in block.__dict__ and unchanged(parts, block.__dict__.get(_TYPES, ())):
+        return None
+    return why_not(family, block, parts)
 
 
 @functools.cache

@@ -54,7 +54,11 @@ def finish_backward(x: Tensor, grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether autograd has to record a call with these arguments."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
 
 
 def canonical_act(act: str | Callable[[Tensor], Tensor]) -> str:
@@ -184,6 +188,11 @@ def check_stats(op: str, stats: Tensor | None, x: Tensor, num_groups: int) -> No
         )
 
 
+def device_type(x: Tensor) -> str:
+    """x.device.type, without the microsecond that it takes on the CPU."""
+    return "cpu" if x.is_cpu else x.device.type
+
+
 def is_autocast(x: Tensor) -> bool:
     """Whether torch.autocast rules the dtypes of operators on x's device."""
-    return torch.is_autocast_enabled(x.device.type)
+    return torch.is_autocast_enabled(device_type(x))

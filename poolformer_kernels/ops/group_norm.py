@@ -52,26 +52,20 @@ common.register_fake("group_norm_bwd", _fake_backward)
 common.LIBRARY.impl("group_norm_bwd", _backward, "CompositeExplicitAutograd")
 
 
+_forward_op = torch.ops.poolformer_kernels.group_norm_fwd.default
+_backward_op = torch.ops.poolformer_kernels.group_norm_bwd.default
+
+
 class GroupNormFunction(torch.autograd.Function):
-    """Autograd of `group_norm`. Saves x and two numbers per image and group."""
+    """Autograd of `group_norm`, with its arguments. Saves x and two numbers per image and group."""
 
     @staticmethod
-    def forward(
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        stats: Tensor | None,
-        num_groups: int,
-        eps: float,
-        backend: str,
-    ) -> tuple[Tensor, Tensor]:
-        return torch.ops.poolformer_kernels.group_norm_fwd(
-            x, stats, weight, bias, num_groups, eps, backend
-        )
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+        return _forward_op(*args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, weight, bias, *_, backend = inputs
+        x, _, weight, bias, *_, backend = inputs
         _, saved = output
         ctx.mark_non_differentiable(saved)
         ctx.set_materialize_grads(False)
@@ -84,14 +78,13 @@ class GroupNormFunction(torch.autograd.Function):
         if dy is None:
             return (None,) * 7
         x, saved, weight = ctx.saved_tensors
-        dx, dweight, dbias = torch.ops.poolformer_kernels.group_norm_bwd(
-            dy, x, saved, weight, ctx.backend
-        )
+        dx, dweight, dbias = _backward_op(dy, x, saved, weight, ctx.backend)
         return (
             dx,
+            None,
             None if weight is None else dweight,
             dbias if ctx.has_bias else None,
-            *(None,) * 4,
+            *(None,) * 3,
         )
 
 
@@ -130,9 +123,9 @@ def group_norm(
     common.check_parameter("group_norm", "bias", bias, vector, x, autocast)
     common.check_stats("group_norm", stats, x, num_groups)
     grad = common.needs_grad(x, weight, bias)
-    backend = resolve("group_norm", x.device.type, x.dtype, None, grad, autocast, backend)
+    backend = resolve("group_norm", common.device_type(x), x.dtype, None, grad, autocast, backend)
     if backend == "torch":
         return reference.group_norm(x, weight, bias, num_groups=num_groups, eps=eps)
-    run = GroupNormFunction.apply if grad else GroupNormFunction.forward
-    y, _ = run(x, weight, bias, stats, num_groups, eps, backend)
+    args = (x, stats, weight, bias, num_groups, eps, backend)
+    y, _ = GroupNormFunction.apply(*args) if grad else _forward_op(*args)
     return y

@@ -106,50 +106,23 @@ common.register_fake("mlp_bwd", _fake_backward)
 common.LIBRARY.impl("mlp_bwd", _backward, "CompositeExplicitAutograd")
 
 
+_forward_op = torch.ops.poolformer_kernels.mlp_fwd.default
+_backward_op = torch.ops.poolformer_kernels.mlp_bwd.default
+
+
 class MlpFunction(torch.autograd.Function):
-    """Autograd of `mlp`. Saves x and two numbers per image and group; the hidden is recomputed."""
+    """Autograd of `mlp`, with the arguments of mlp_fwd.
+
+    Saves x and two numbers per image and group; the hidden is recomputed.
+    """
 
     @staticmethod
-    def forward(
-        x: Tensor,
-        norm_weight: Tensor | None,
-        norm_bias: Tensor | None,
-        fc1_weight: Tensor,
-        fc1_bias: Tensor | None,
-        fc2_weight: Tensor,
-        fc2_bias: Tensor | None,
-        layer_scale: Tensor | None,
-        drop_path: Tensor | None,
-        hidden_drop_path: Tensor | None,
-        stats: Tensor | None,
-        act: str,
-        num_groups: int,
-        eps: float,
-        return_stats: bool,
-        backend: str,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.ops.poolformer_kernels.mlp_fwd(
-            x,
-            stats,
-            norm_weight,
-            norm_bias,
-            fc1_weight,
-            fc1_bias,
-            fc2_weight,
-            fc2_bias,
-            layer_scale,
-            drop_path,
-            hidden_drop_path,
-            act,
-            num_groups,
-            eps,
-            return_stats,
-            backend,
-        )
+    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return _forward_op(*args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, *tensors = inputs[:10]
+        x, _, *tensors = inputs[:11]
         _, saved, stats_out = output
         ctx.mark_non_differentiable(saved, stats_out)
         ctx.set_materialize_grads(False)
@@ -162,11 +135,9 @@ class MlpFunction(torch.autograd.Function):
         if dz is None:
             return (None,) * 16
         x, saved, *tensors = ctx.saved_tensors
-        dx, *grads = torch.ops.poolformer_kernels.mlp_bwd(
-            dz, x, saved, *tensors, ctx.act, ctx.backend
-        )
+        dx, *grads = _backward_op(dz, x, saved, *tensors, ctx.act, ctx.backend)
         given = (None if t is None else grad for t, grad in zip(tensors[:7], grads, strict=True))
-        return dx, *given, *(None,) * 8
+        return dx, None, *given, *(None,) * 7
 
 
 def mlp(
@@ -231,7 +202,7 @@ def mlp(
     grad = common.needs_grad(
         x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale
     )
-    backend = resolve("mlp", x.device.type, x.dtype, act_name, grad, autocast, backend)
+    backend = resolve("mlp", common.device_type(x), x.dtype, act_name, grad, autocast, backend)
     parameters = (norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale)
     if backend == "torch":
         return reference.mlp(
@@ -244,17 +215,17 @@ def mlp(
             eps=eps,
             return_stats=return_stats,
         )
-    run = MlpFunction.apply if grad else MlpFunction.forward
-    z, _, stats_out = run(
+    args = (
         x,
+        stats,
         *parameters,
         drop_path,
         hidden_drop_path,
-        stats,
         act_name,
         num_groups,
         eps,
         return_stats,
         backend,
     )
+    z, _, stats_out = MlpFunction.apply(*args) if grad else _forward_op(*args)
     return (z, stats_out) if return_stats else z

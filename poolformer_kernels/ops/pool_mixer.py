@@ -68,39 +68,23 @@ common.register_fake("pool_mixer_bwd", _fake_backward)
 common.LIBRARY.impl("pool_mixer_bwd", _backward, "CompositeExplicitAutograd")
 
 
+_forward_op = torch.ops.poolformer_kernels.pool_mixer_fwd.default
+_backward_op = torch.ops.poolformer_kernels.pool_mixer_bwd.default
+
+
 class PoolMixerFunction(torch.autograd.Function):
-    """Autograd of `pool_mixer`. Saves x and two numbers per image and group, no intermediate."""
+    """Autograd of `pool_mixer`. Saves x and two numbers per image and group, no intermediate.
+
+    Its arguments are norm_bias and then those of pool_mixer_fwd.
+    """
 
     @staticmethod
-    def forward(
-        x: Tensor,
-        norm_weight: Tensor | None,
-        norm_bias: Tensor | None,
-        layer_scale: Tensor | None,
-        drop_path: Tensor | None,
-        stats: Tensor | None,
-        pool_size: int,
-        num_groups: int,
-        eps: float,
-        return_stats: bool,
-        backend: str,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.ops.poolformer_kernels.pool_mixer_fwd(
-            x,
-            stats,
-            norm_weight,
-            layer_scale,
-            drop_path,
-            pool_size,
-            num_groups,
-            eps,
-            return_stats,
-            backend,
-        )
+    def forward(norm_bias: Tensor | None, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return _forward_op(*args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, norm_weight, norm_bias, layer_scale, drop_path, _, pool_size, *_, backend = inputs
+        norm_bias, x, _, norm_weight, layer_scale, drop_path, pool_size, *_, backend = inputs
         _, saved, stats_out = output
         ctx.mark_non_differentiable(saved, stats_out)
         ctx.set_materialize_grads(False)
@@ -113,15 +97,16 @@ class PoolMixerFunction(torch.autograd.Function):
         if dy is None:
             return (None,) * 11
         x, saved, norm_weight, norm_bias, layer_scale, drop_path = ctx.saved_tensors
-        dx, dnorm_weight, dlayer_scale = torch.ops.poolformer_kernels.pool_mixer_bwd(
+        dx, dnorm_weight, dlayer_scale = _backward_op(
             dy, x, saved, norm_weight, layer_scale, drop_path, ctx.pool_size, ctx.backend
         )
         return (
-            dx,
-            None if norm_weight is None else dnorm_weight,
             None if norm_bias is None else torch.zeros_like(norm_bias),
+            dx,
+            None,
+            None if norm_weight is None else dnorm_weight,
             None if layer_scale is None else dlayer_scale,
-            *(None,) * 7,
+            *(None,) * 6,
         )
 
 
@@ -173,7 +158,7 @@ def pool_mixer(
     common.check_factor("pool_mixer", "drop_path", drop_path, x)
     common.check_stats("pool_mixer", stats, x, num_groups)
     grad = common.needs_grad(x, norm_weight, norm_bias, layer_scale)
-    backend = resolve("pool_mixer", x.device.type, x.dtype, None, grad, autocast, backend)
+    backend = resolve("pool_mixer", common.device_type(x), x.dtype, None, grad, autocast, backend)
     if backend == "torch":
         return reference.pool_mixer(
             x,
@@ -186,18 +171,17 @@ def pool_mixer(
             eps=eps,
             return_stats=return_stats,
         )
-    run = PoolMixerFunction.apply if grad else PoolMixerFunction.forward
-    y, _, stats_out = run(
+    args = (
         x,
+        stats,
         norm_weight,
-        norm_bias,
         layer_scale,
         drop_path,
-        stats,
         pool_size,
         num_groups,
         eps,
         return_stats,
         backend,
     )
+    y, _, stats_out = PoolMixerFunction.apply(norm_bias, *args) if grad else _forward_op(*args)
     return (y, stats_out) if return_stats else y
