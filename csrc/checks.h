@@ -1,5 +1,5 @@
 // Checks of the arguments of the CPU ops: called directly with anything, they fail and never read
-// outside a tensor.
+// outside a tensor. Only dense CPU tensors get here: the dispatcher sends others elsewhere.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -26,8 +26,6 @@ inline void check_input(const char* op, const Tensor& x, int64_t num_groups, dou
   TORCH_CHECK_TYPE(
       type == at::kFloat || type == at::kBFloat16 || type == at::kHalf || type == at::kDouble, op,
       ": x is ", type, "; it has to be float32, bfloat16, float16 or float64.");
-  TORCH_CHECK_VALUE(x.device().is_cpu() && x.layout() == at::kStrided, op, ": x is a ", x.layout(),
-                    " tensor on ", x.device(), "; it has to be a dense one on the CPU.");
   TORCH_CHECK_VALUE(x.size(1) > 0 && x.size(2) > 0 && x.size(3) > 0, op, ": x has shape ",
                     x.sizes(), "; C, H and W have to be at least 1.");
   TORCH_CHECK_VALUE(num_groups > 0 && x.size(1) % num_groups == 0, op, ": num_groups is ",
@@ -37,16 +35,9 @@ inline void check_input(const char* op, const Tensor& x, int64_t num_groups, dou
                     "; it has to be a number that is not negative.");
 }
 
-inline void check_place(const char* op, const char* name, const Tensor& t, const Tensor& x) {
-  TORCH_CHECK_VALUE(t.device() == x.device() && t.layout() == at::kStrided, op, ": ", name,
-                    " is a ", t.layout(), " tensor on ", t.device(),
-                    "; it has to be a dense one on ", x.device(), ", like x.");
-}
-
 inline void check_parameter(const char* op, const char* name, const OptionalTensor& t,
                             at::IntArrayRef shape, const Tensor& x) {
   if (!t) return;
-  check_place(op, name, *t, x);
   TORCH_CHECK_VALUE(t->sizes() == shape, op, ": ", name, " has shape ", t->sizes(), "; x of shape ",
                     x.sizes(), " needs ", shape, ".");
   TORCH_CHECK_TYPE(t->scalar_type() == x.scalar_type(), op, ": ", name, " is ", t->scalar_type(),
@@ -64,7 +55,6 @@ inline void check_weight(const char* op, const char* name, const Tensor& t, int6
 inline void check_factor(const char* op, const char* name, const OptionalTensor& t,
                          const Tensor& x) {
   if (!t) return;
-  check_place(op, name, *t, x);
   TORCH_CHECK_VALUE(t->dim() == 1 && t->size(0) == x.size(0), op, ": ", name, " has shape ",
                     t->sizes(), "; it has to hold one factor an image, (", x.size(0), ").");
   TORCH_CHECK_TYPE(t->scalar_type() == x.scalar_type() || t->scalar_type() == at::kFloat, op, ": ",
@@ -76,7 +66,6 @@ inline void check_factor(const char* op, const char* name, const OptionalTensor&
 inline void check_stats(const char* op, const OptionalTensor& t, int64_t num_groups,
                         const Tensor& x) {
   if (!t) return;
-  check_place(op, "stats", *t, x);
   TORCH_CHECK_VALUE(t->dim() == 4 && t->size(0) == x.size(0) && t->size(1) == num_groups &&
                         t->size(2) > 0 && t->size(3) == 3,
                     op, ": stats has shape ", t->sizes(), "; it has to be (", x.size(0), ", ",

@@ -89,6 +89,20 @@ PF_INLINE U float_to_half(F value) {  // round to nearest, ties to even
   return half | sign;
 }
 
+// 16 bits to the low half of 32. The generic form takes GCC five instructions on AVX2.
+PF_INLINE VectorOf<uint32_t, kLanes<float>>::type widen(const void* p) {
+#if POOLFORMER_VECTOR_BYTES == 64
+  return (VectorOf<uint32_t, 16>::type)_mm512_maskz_cvtepu16_epi32(
+      0xffff, _mm256_loadu_si256(static_cast<const __m256i*>(p)));
+#elif POOLFORMER_VECTOR_BYTES == 32
+  return (VectorOf<uint32_t, 8>::type)_mm256_cvtepu16_epi32(
+      _mm_loadu_si128(static_cast<const __m128i*>(p)));
+#else
+  using U = VectorOf<uint32_t, kLanes<float>>::type;
+  return __builtin_convertvector((load_raw<uint16_t, kLanes<float>>(p)), U);
+#endif
+}
+
 #if defined(POOLFORMER_F16C)
 PF_INLINE Vec<float> load_half(const f16* p) {
 #if POOLFORMER_VECTOR_BYTES == 64
@@ -119,7 +133,7 @@ PF_INLINE Vec<Acc<T>> load(const T* p) {
 #if defined(POOLFORMER_F16C)
     if constexpr (std::is_same_v<T, f16>) return load_half(p);
 #endif
-    U bits = __builtin_convertvector((load_raw<uint16_t, n>(p)), U);
+    U bits = widen(p);
     if constexpr (std::is_same_v<T, bf16>) return bf16_to_float<Vec<float>, U>(bits);
     return half_to_float<Vec<float>, U>(bits);
   }
