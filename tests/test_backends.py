@@ -1,0 +1,130 @@
+"""Which backend runs a call: argument > use_backend > POOLFORMER_BACKEND > the best available."""
+
+from __future__ import annotations
+
+import threading
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import poolformer_kernels as pk
+from poolformer_kernels import _extension, backends
+
+CALL = backends.Call("mlp", "cpu", torch.float32, "gelu")
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_resolved", {})
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, **native: bool) -> None:
+    """An extension is loaded, on a CPU with or without native half-precision products."""
+    module = SimpleNamespace(
+        native_bf16=lambda: native.get("bf16", False), native_fp16=lambda: native.get("fp16", False)
+    )
+    monkeypatch.setattr(_extension, "load", lambda: module)
+
+
+def resolve(**changes: Any) -> str:
+    call = {"op": "mlp", "device": "cpu", "dtype": torch.float32, "act": "gelu", **changes}
+    return backends.resolve(**call)
+
+
+def test_order_of_precedence(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch)
+    assert resolve() == "cpu"
+    monkeypatch.setattr(backends, "_default", "torch")
+    assert resolve() == "torch"
+    with pk.use_backend("cpu"):
+        assert resolve() == "cpu"
+        assert resolve(backend="torch") == "torch"
+        with pk.use_backend("torch"):
+            assert resolve() == "torch"
+        assert resolve() == "cpu"
+        assert resolve(backend="auto") == "cpu"
+    assert resolve() == "torch"
+
+
+def test_use_backend_ends_with_its_context_also_on_errors() -> None:
+    with pytest.raises(KeyError), pk.use_backend("torch"):
+        raise KeyError
+    assert backends.requested() == backends._default
+
+
+def test_use_backend_rules_its_own_thread_only() -> None:
+    seen = []
+    with pk.use_backend("torch"):
+        thread = threading.Thread(target=lambda: seen.append(backends.requested()))
+        thread.start()
+        thread.join()
+    assert seen == [backends._default]
+
+
+def test_the_environment_rules_the_process(run_python: Any) -> None:
+    code = "import poolformer_kernels as pk; print(pk.backends.requested())"
+    assert run_python("-c", code, POOLFORMER_BACKEND="torch").stdout.strip() == "torch"
+    wrong = run_python("-c", code, POOLFORMER_BACKEND="gpu").stderr
+    assert "POOLFORMER_BACKEND is 'gpu'; it has to be one of 'auto', 'torch', 'cpu'" in wrong
+
+
+AUTO = [
+    ({}, {}, "cpu"),
+    ({"dtype": torch.bfloat16}, {}, "cpu"),
+    ({"dtype": torch.bfloat16}, {"bf16": True}, "torch"),
+    ({"dtype": torch.float16}, {"bf16": True}, "cpu"),
+    ({"dtype": torch.float16}, {"fp16": True}, "torch"),
+    ({"dtype": torch.bfloat16, "op": "pool_mixer", "act": None}, {"bf16": True}, "cpu"),
+    ({"dtype": torch.float64}, {}, "torch"),
+    ({"act": "callable"}, {}, "torch"),
+    ({"autocast": True}, {}, "torch"),
+    ({"device": "cuda"}, {}, "torch"),
+]
+
+
+@pytest.mark.parametrize(("call", "native", "expected"), AUTO)
+def test_auto_takes_the_first_that_can_and_is_not_slower(
+    monkeypatch: pytest.MonkeyPatch, call: Any, native: Any, expected: str
+) -> None:
+    pretend(monkeypatch, **native)
+    assert resolve(**call) == expected
+
+
+def test_without_the_extension_auto_moves_on_and_a_name_is_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(_extension, "load", lambda: None)
+    monkeypatch.setattr(_extension, "why_not", lambda: "the extension is not built")
+    assert resolve() == "torch"
+    with pytest.raises(pk.BackendUnavailable, match="cannot run this call: the extension is not"):
+        resolve(backend="cpu")
+
+
+@pytest.mark.parametrize(
+    ("call", "reason"),
+    [
+        ({"device": "cuda", "backend": "cpu"}, "it runs on CPU tensors, and this one is on cuda"),
+        ({"act": "callable", "backend": "cpu"}, "an activation given as a callable"),
+        ({"autocast": True, "backend": "cpu"}, "under autocast"),
+        ({"backend": "cuda"}, "this version has no mlp kernel"),
+        ({"backend": "triton"}, "this version has no mlp kernel"),
+    ],
+)
+def test_a_backend_asked_for_by_name_says_why_it_cannot_run(
+    monkeypatch: pytest.MonkeyPatch, call: Any, reason: str
+) -> None:
+    pretend(monkeypatch)
+    with pytest.raises(pk.BackendUnavailable, match=reason):
+        resolve(**call)
+
+
+def test_explain_has_a_reason_for_every_backend_that_auto_passes_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pretend(monkeypatch)
+    reasons = backends.explain(CALL)
+    assert list(reasons) == list(backends.PREFERENCE) and set(reasons) == set(backends.BACKENDS)
+    assert reasons["cpu"] is None and reasons["torch"] is None
+    assert all(reasons[name] for name in ("cuda", "triton"))
