@@ -147,7 +147,12 @@ def main(arguments: list[str] | None = None) -> int:
         total = sum(len(case.contenders) for case in cases) * options.rounds
         with tqdm(total=total, unit=" samples", disable=None) as bar:
             fresh, wrong = run_cases(
-                cases, options.rounds, lambda _: None, device=options.device, tick=bar.update
+                cases,
+                options.rounds,
+                lambda _: None,
+                warmup=1,  # after the gate's call
+                device=options.device,
+                tick=bar.update,
             )
         add_rates(fresh)
         print(table(fresh, COLUMNS))

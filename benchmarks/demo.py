@@ -111,6 +111,7 @@ def bench(
             cases,
             options.rounds,
             lambda _: None,
+            warmup=1,  # after the gate's call
             budget_s=BUDGET_S,
             device=setting.device,
             tick=bar.update,
@@ -155,7 +156,7 @@ def main(arguments: list[str] | None = None) -> int:
         chosen = checkpoint.choose(options.checkpoint, options.variant)
         processor = (
             PoolFormerImageProcessor.from_pretrained(chosen.source)
-            if chosen.has_processor
+            if chosen.source is not None and chosen.has_processor
             else PoolFormerImageProcessor()
         )
         pixels = processor(list(paths), return_tensors="pt").pixel_values

@@ -25,7 +25,7 @@ try:
     from transformers import PoolFormerConfig as TheirConfig
     from transformers import PoolFormerForImageClassification as TheirModel
 except ImportError:
-    transformers = None
+    transformers = None  # type: ignore[assignment]
 
 Forward = Callable[[Tensor], Tensor]
 EAGER_SOURCE = (
@@ -120,7 +120,7 @@ for _backend in backends.PREFERENCE:
 DEFAULT = ("eager", "accelerated", "own model")
 
 
-def logits_of(model: nn.Module) -> Forward:
+def logits_of(model: Callable[..., Any]) -> Forward:
     return torch.inference_mode()(lambda pixels: model(pixels).logits)
 
 
@@ -149,7 +149,7 @@ def seed(model: PoolFormerForImageClassification) -> PoolFormerForImageClassific
             parameter.normal_(0, parameter[0].numel() ** -0.5, generator=generator)
         else:  # norms' scales around 1, biases around 0
             parameter.normal_(0, 0.1, generator=generator)
-            parameter += "norm" in name and name.endswith("weight")
+            parameter += float("norm" in name and name.endswith("weight"))
     return model
 
 
