@@ -17,7 +17,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,7 +30,8 @@ from .harness import Case, Contender, run_cases
 from .memory import peak_memory
 from .models import CONTENDERS, DEFAULT, EAGER_SOURCE, Forward, Setting, Unavailable, exact_logits
 from .op_cases import DTYPES, LAYOUTS
-from .report import RESULTS, environment, print_environment, table, write_csv
+from .options import make_parser, prepare
+from .report import RESULTS, table, write_csv
 
 COLUMNS = {
     "variant": "model|<",
@@ -109,7 +109,7 @@ def add_rates(rows: list[dict[str, Any]]) -> None:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = make_parser(__doc__, 15, RESULTS)
     parser.add_argument("--variants", nargs="+", default=["s12"], choices=VARIANTS)
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=DTYPES)
@@ -117,20 +117,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--contenders", nargs="+", default=list(DEFAULT), choices=CONTENDERS)
     parser.add_argument("--checkpoint", help="folder, file or hub name; default: seeded weights")
     parser.add_argument("--image-size", type=int, default=224)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, help="default: as many as torch takes")
-    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--no-memory", action="store_true", help="skip the peak memory")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV and the chart")
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    machine = environment(options.device) | {"eager": EAGER_SOURCE}
-    print_environment(machine)
+    machine = prepare(options) | {"eager": EAGER_SOURCE}
     draw = torch.Generator().manual_seed(0)
     rows: list[dict[str, Any]] = []
     red: list[str] = []

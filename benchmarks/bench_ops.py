@@ -14,7 +14,6 @@ import argparse
 import statistics
 import sys
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,7 +34,8 @@ from .op_cases import (
     make_case,
     stage_shapes,
 )
-from .report import RESULTS, environment, print_environment, table, write_csv
+from .options import make_parser, prepare
+from .report import RESULTS, table, write_csv
 
 ACCELERATED = tuple(name for name in backends.PREFERENCE if name != "torch")
 COLUMNS = {
@@ -150,7 +150,7 @@ def plain_group_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = make_parser(__doc__, 15, RESULTS)
     parser.add_argument("--ops", nargs="+", default=backends.OPS, choices=backends.OPS)
     parser.add_argument("--variants", nargs="+", default=["s12"], choices=VARIANTS)
     parser.add_argument("--backends", nargs="+", default=ACCELERATED, choices=ACCELERATED)
@@ -158,23 +158,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--layouts", nargs="+", default=list(LAYOUTS), choices=LAYOUTS)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--image-size", type=int, default=224)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, help="default: as many as torch takes")
-    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--min-sample-ms", type=float, default=10, help="of calls in one sample")
     parser.add_argument("--backward", action="store_true", help="forward and backward")
     parser.add_argument("--call-overhead", action="store_true", help="what an empty call costs")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV and the chart")
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    machine = environment(options.device)
-    print_environment(machine)
-    return (call_overhead if options.call_overhead else bench)(options, machine)
+    return (call_overhead if options.call_overhead else bench)(options, prepare(options))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -30,7 +29,8 @@ from .bench_model import COLUMNS, add_memory, add_rates, make_case, make_forward
 from .harness import run_cases
 from .models import EAGER_SOURCE, Setting, exact_logits, weights
 from .op_cases import DTYPES
-from .report import environment, print_environment, table, write_csv
+from .options import make_parser, prepare
+from .report import table, write_csv
 
 SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 BUDGET_S = 25.0  # for the rounds of one batch size
@@ -122,7 +122,7 @@ def bench(
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = make_parser(__doc__, 10, OUT)
     parser.add_argument(
         "--image",
         default=os.environ.get("IMAGE") or None,
@@ -137,20 +137,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--variant", default="s12", choices=VARIANTS, help="of seeded weights")
     parser.add_argument("--dtype", default="float32", choices=[*DTYPES, *SHORT])
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, help="default: as many as torch takes")
-    parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--limit", type=int, default=16, help="photographs at most")
-    parser.add_argument("--out", type=Path, default=OUT, help="folder of the CSV and the chart")
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    machine = environment(options.device)
-    print_environment(machine)
+    machine = prepare(options)
     try:
         paths, left = photographs.find(options.image, options.limit)
         chosen = checkpoint.choose(options.checkpoint, options.variant)

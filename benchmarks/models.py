@@ -149,7 +149,7 @@ def seed(model: PoolFormerForImageClassification) -> PoolFormerForImageClassific
             parameter.normal_(0, parameter[0].numel() ** -0.5, generator=generator)
         else:  # norms' scales around 1, biases around 0
             parameter.normal_(0, 0.1, generator=generator)
-            parameter += float("norm" in name and name.endswith("weight"))
+            parameter.add_(float("norm" in name and name.endswith("weight")))
     return model
 
 
