@@ -5,37 +5,35 @@
 
 namespace poolformer::cpu::POOLFORMER_ISA {
 
-constexpr int64_t kChunk = 4096;
+constexpr int64_t kChunk = 4096, kSample = 64;
 
-// Statistics of (rows, columns) values, `stride` apart by row, at most about kChunk of them. Two
-// passes, the second corrected by the sum of its differences.
+// Statistics of (rows, columns) values, `stride` apart by row, at most about kChunk of them. Sums
+// of differences from the mean of the first values: with at least kSample of them in it, the error
+// of m2 stays below kChunk / kSample roundings, whatever the values are.
 template <class T>
 static Partial chunk_statistics(const T* p, int64_t rows, int64_t columns, int64_t stride) {
   using A = Acc<T>;
   constexpr int w = kLanes<A>;
-  int64_t count = rows * columns;
-  Vec<A> sums[4] = {};
+  int64_t sample_columns = columns < kSample ? columns : kSample,
+          sample_rows = kSample / columns + 1;
+  if (sample_rows > rows) sample_rows = rows;
+  Vec<A> sum = {};
   A rest = 0;
+  for (int64_t r = 0; r < sample_rows; ++r) {
+    int64_t i = 0;
+    for (; i + w <= sample_columns; i += w) sum += load(p + r * stride + i);
+    for (; i < sample_columns; ++i) rest += load1(p + r * stride + i);
+  }
+  A mean = (sum_lanes<A>(sum) + rest) / static_cast<A>(sample_rows * sample_columns);
+
+  Vec<A> center = splat(mean), differences[4] = {}, squares[4] = {};
+  A rest_difference = 0, rest_square = 0;
   for (int64_t r = 0; r < rows; ++r) {
     const T* row = p + r * stride;
     int64_t i = 0;
     for (; i + 4 * w <= columns; i += 4 * w) {
 #pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) sums[j] += load(row + i + j * w);
-    }
-    for (; i + w <= columns; i += w) sums[0] += load(row + i);
-    for (; i < columns; ++i) rest += load1(row + i);
-  }
-  A mean = (sum_lanes<A>((sums[0] + sums[1]) + (sums[2] + sums[3])) + rest) / static_cast<A>(count);
-
-  Vec<A> center = splat(mean), differences[2] = {}, squares[2] = {};
-  A rest_difference = 0, rest_square = 0;
-  for (int64_t r = 0; r < rows; ++r) {
-    const T* row = p + r * stride;
-    int64_t i = 0;
-    for (; i + 2 * w <= columns; i += 2 * w) {
-#pragma GCC unroll 2
-      for (int j = 0; j < 2; ++j) {
+      for (int j = 0; j < 4; ++j) {
         Vec<A> d = load(row + i + j * w) - center;
         differences[j] += d;
         squares[j] += d * d;
@@ -52,9 +50,13 @@ static Partial chunk_statistics(const T* p, int64_t rows, int64_t columns, int64
       rest_square += d * d;
     }
   }
-  double n = static_cast<double>(count);
-  double difference = sum_lanes<A>(differences[0] + differences[1]) + rest_difference;
-  double square = sum_lanes<A>(squares[0] + squares[1]) + rest_square;
+  double n = static_cast<double>(rows * columns);
+  for (int j = 1; j < 4; ++j) {
+    differences[0] += differences[j];
+    squares[0] += squares[j];
+  }
+  double difference = sum_lanes<A>(differences[0]) + rest_difference;
+  double square = sum_lanes<A>(squares[0]) + rest_square;
   double m2 = square - difference * difference / n;
   return {n, mean + difference / n, m2 < 0 ? 0 : m2};
 }
