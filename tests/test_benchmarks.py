@@ -107,7 +107,7 @@ def test_the_gate_allows_twice_the_baselines_error_and_two_roundings():
     gate(case(off(0), off(0.05), dtype=torch.bfloat16))
     # Each output has its own scale: a wrong small one is not hidden by a large one.
     small = TRUTH * 1e-4
-    pair = Case({}, [constant("eager", [TRUTH, small]), constant("b", [TRUTH, small + 1e-6])],
+    pair = Case({}, [constant("eager", [TRUTH, small]), constant("b", [TRUTH, small + 5e-7])],
                 lambda: [TRUTH, small])  # fmt: skip
     with pytest.raises(Disagreement, match="output 1 is off"):
         gate(pair)
