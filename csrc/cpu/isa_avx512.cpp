@@ -14,8 +14,8 @@
 #define POOLFORMER_TABLE kernels_avx512
 #define POOLFORMER_NAME "avx512"
 #define POOLFORMER_VECTOR_BYTES 64
-#define POOLFORMER_ROWS 14
-#define POOLFORMER_CHUNK 112
+#define POOLFORMER_ROWS 8
+#define POOLFORMER_CHUNK 128
 #define POOLFORMER_F16C
 
 #if defined(__clang__)
