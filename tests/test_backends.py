@@ -78,6 +78,10 @@ AUTO = [
     ({"dtype": torch.float16}, {"fp16": True}, "torch"),
     ({"dtype": torch.bfloat16, "op": "pool_mixer", "act": None}, {"bf16": True}, "cpu"),
     ({"dtype": torch.float64}, {}, "torch"),
+    ({"op": "group_norm", "act": None}, {}, "torch"),
+    ({"grad": True}, {}, "torch"),
+    ({"grad": True, "dtype": torch.bfloat16}, {}, "cpu"),
+    ({"grad": True, "dtype": torch.bfloat16, "op": "pool_mixer", "act": None}, {}, "torch"),
     ({"act": "callable"}, {}, "torch"),
     ({"autocast": True}, {}, "torch"),
     ({"device": "cuda"}, {}, "torch"),
@@ -108,8 +112,8 @@ def test_without_the_extension_auto_moves_on_and_a_name_is_an_error(
         ({"device": "cuda", "backend": "cpu"}, "it runs on CPU tensors, and this one is on cuda"),
         ({"act": "callable", "backend": "cpu"}, "an activation given as a callable"),
         ({"autocast": True, "backend": "cpu"}, "under autocast"),
-        ({"backend": "cuda"}, "this version has no mlp kernel"),
-        ({"backend": "triton"}, "this version has no mlp kernel"),
+        ({"backend": "cuda"}, "this version has no kernels"),
+        ({"backend": "triton"}, "this version has no kernels"),
     ],
 )
 def test_a_backend_asked_for_by_name_says_why_it_cannot_run(
