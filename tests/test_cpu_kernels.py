@@ -23,13 +23,13 @@ OPS = ["pool_mixer", "mlp", "group_norm"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 CAPABILITIES = C.cpu_capabilities()
 CASES = [  # beyond those of test_ops: several tiles, splits of the hidden, tails of every vector
-    Case((1, 64, 56, 56)),
-    Case((3, 160, 7, 7), drop=True, mean=3.0),
-    Case((1, 192, 14, 15), num_groups=3, act="silu"),
+    Case((1, 64, 40, 56), hidden=200),
+    Case((3, 160, 7, 7), drop=True, mean=3.0, hidden=330),
+    Case((1, 192, 14, 15), num_groups=3, act="silu", hidden=300),
     Case((2, 15, 33, 19), num_groups=5, pool_size=7, act="gelu_pytorch_tanh"),
     Case((7, 33, 1, 1), hidden=1, drop=True),
     Case((2, 5, 1, 40), pool_size=1001, act="relu"),
-    Case((1, 512, 7, 7)),
+    Case((1, 512, 7, 7), hidden=900),
     Case((1, 3, 130, 70), pool_size=5, affine=False),
 ]
 

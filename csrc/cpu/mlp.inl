@@ -53,15 +53,14 @@ static void mlp_plan(MlpArgs& args) {
   mlp_plan_typed<float>(args);
 }
 
-// Writes GN(x) of one panel as (channels, lanes).
+// Writes GN(x) of one run as (channels, lanes).
 template <class T>
-static void pack_panel(const Image& in, int64_t panel, const Acc<T>* center, const Acc<T>* scale,
-                       const Acc<T>* shift, const Run& run, Acc<T>* out) {
+static void pack_run(const Image& in, const Run& run, const Acc<T>* center, const Acc<T>* scale,
+                     const Acc<T>* shift, Acc<T>* out) {
   using A = Acc<T>;
   constexpr int w = kLanes<A>, n = kPanel<A>;
   int64_t channels = in.channels, pixels = in.pixels();
   const T* x = as<T>(in.data) + run.image * channels * pixels;
-  (void)panel;
   if (!in.channels_last) {
     for (int64_t c = 0; c < channels; ++c) {
       const T* from = x + c * pixels + run.pixel;
@@ -70,8 +69,9 @@ static void pack_panel(const Image& in, int64_t panel, const Acc<T>* center, con
         store(to, (load(from) - center[c]) * scale[c] + shift[c]);
         store(to + w, (load(from + w) - center[c]) * scale[c] + shift[c]);
       } else {
-        for (int i = 0; i < run.count; ++i)
+        for (int i = 0; i < run.count; ++i) {
           to[i] = (load1(from + i) - center[c]) * scale[c] + shift[c];
+        }
       }
     }
     return;
@@ -242,7 +242,7 @@ static void mlp_tile(const MlpArgs& args, int64_t tile, int64_t split, Acc<T>* m
                              center, scale, shift);
         image = run.image;
       }
-      pack_panel<T>(in, p, center, scale, shift, run, to);
+      pack_run<T>(in, run, center, scale, shift, to);
     });
     for (int64_t c = 0; p + 1 == last && last_lanes < n && c < channels; ++c) {
       for (int64_t i = last_lanes; i < n; ++i) to[c * n + i] = 0;
