@@ -12,7 +12,7 @@ CPP = $$(find csrc -type f)
 TREE := csrc poolformer_kernels benchmarks tests
 ROOT_FILES := $(wildcard *.py *.md *.in LICENSE) pyproject.toml
 
-.PHONY: demo test build lint types unit wheel cpu cpu-copy format clean
+.PHONY: demo test build compile lint types unit wheel cpu cpu-copy format clean
 .NOTPARALLEL:
 
 demo: $(VENV)/.demo build
@@ -39,7 +39,11 @@ format: $(VENV)/.test
 # Tests marked gpu run where PyTorch sees a CUDA device.
 unit: $(VENV)/.test build
 	$(BIN)/python -m poolformer_kernels
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -m "not compile"
+
+# What each GPU's compiler makes of the Triton kernels at every width: an hour on two cores.
+compile: $(VENV)/.test build
+	$(BIN)/python -m pytest -q -m compile
 
 # A wheel, installed where nothing of this tree can be imported but PyTorch can.
 wheel: $(VENV)/.test build
@@ -56,7 +60,7 @@ cpu: $(CPU_VENV)/.test cpu-copy
 	cd $(CPU_COPY) && $(CURDIR)/$(CPU_VENV)/bin/python setup.py build_ext --inplace
 	cd build && $(CURDIR)/$(CPU_VENV)/bin/python -I $(CURDIR)/tests/check_install.py
 	cd $(CPU_COPY) && $(CURDIR)/$(CPU_VENV)/bin/python -m poolformer_kernels
-	cd $(CPU_COPY) && $(CURDIR)/$(CPU_VENV)/bin/python -m pytest -q -m "not slow and not gpu"
+	cd $(CPU_COPY) && $(CURDIR)/$(CPU_VENV)/bin/python -m pytest -q -m "not slow and not gpu and not compile"
 
 cpu-copy:
 	mkdir -p $(CPU_COPY)

@@ -8,6 +8,7 @@ was asked for by name and cannot run the call is an error that says why.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -42,7 +43,19 @@ def _torch(call: Call) -> str | None:
     return None
 
 
-_CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_CPU_DTYPES = (*_TRITON_DTYPES, torch.float64)
+
+
+def _kernel_limits(call: Call, dtypes: tuple[torch.dtype, ...]) -> str | None:
+    """What keeps a call from any kernel of our own that is there for `dtypes`."""
+    if call.dtype not in dtypes:
+        return f"it has no kernel for {call.dtype}"
+    if call.act == "callable":
+        return "it has no kernel for an activation given as a callable"
+    if call.autocast:
+        return "under autocast the dtypes of activations and parameters differ"
+    return None
 
 
 def _cpu(call: Call) -> str | None:
@@ -50,13 +63,23 @@ def _cpu(call: Call) -> str | None:
         return f"it runs on CPU tensors, and this one is on {call.device}"
     if _extension.load() is None:
         return _extension.why_not()
-    if call.dtype not in _CPU_DTYPES:
-        return f"it has no kernel for {call.dtype}"
-    if call.act == "callable":
-        return "it has no kernel for an activation given as a callable"
-    if call.autocast:
-        return "under autocast the dtypes of activations and parameters differ"
-    return None
+    return _kernel_limits(call, _CPU_DTYPES)
+
+
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _triton(call: Call) -> str | None:
+    if call.device != "cuda":
+        return f"it runs on GPUs, and this tensor is on {call.device}"
+    if not _has_triton():
+        return "Triton is not installed: pip install triton"
+    if torch.version.hip is None and torch.cuda.is_available():
+        capability = torch.cuda.get_device_capability()
+        if capability < (8, 0):
+            return f"it needs compute capability 8.0, and this GPU has {capability}"
+    return _kernel_limits(call, _TRITON_DTYPES)
 
 
 def _missing(call: Call) -> str | None:
@@ -66,7 +89,7 @@ def _missing(call: Call) -> str | None:
 BACKENDS: dict[str, Callable[[Call], str | None]] = {
     "torch": _torch,
     "cpu": _cpu,
-    "triton": _missing,
+    "triton": _triton,
     "cuda": _missing,
 }
 

@@ -26,6 +26,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, **native: bool) -> None:
         native_bf16=lambda: native.get("bf16", False), native_fp16=lambda: native.get("fp16", False)
     )
     monkeypatch.setattr(_extension, "load", lambda: module)
+    monkeypatch.setattr(backends, "_has_triton", lambda: native.get("triton", True))
 
 
 def resolve(**changes: Any) -> str:
@@ -84,7 +85,13 @@ AUTO = [
     ({"grad": True, "dtype": torch.bfloat16, "op": "pool_mixer", "act": None}, {}, "torch"),
     ({"act": "callable"}, {}, "torch"),
     ({"autocast": True}, {}, "torch"),
-    ({"device": "cuda"}, {}, "torch"),
+    ({"device": "cuda"}, {}, "triton"),
+    ({"device": "cuda", "grad": True, "dtype": torch.bfloat16}, {}, "triton"),
+    ({"device": "cuda", "op": "group_norm", "act": None}, {}, "triton"),
+    ({"device": "cuda"}, {"triton": False}, "torch"),
+    ({"device": "cuda", "dtype": torch.float64}, {}, "torch"),
+    ({"device": "cuda", "autocast": True}, {}, "torch"),
+    ({"device": "mps"}, {}, "torch"),
 ]
 
 
@@ -113,7 +120,8 @@ def test_without_the_extension_auto_moves_on_and_a_name_is_an_error(
         ({"act": "callable", "backend": "cpu"}, "an activation given as a callable"),
         ({"autocast": True, "backend": "cpu"}, "under autocast"),
         ({"backend": "cuda"}, "this version has no kernels"),
-        ({"backend": "triton"}, "this version has no kernels"),
+        ({"backend": "triton"}, "it runs on GPUs, and this tensor is on cpu"),
+        ({"backend": "triton", "device": "cuda", "act": "callable"}, "given as a callable"),
     ],
 )
 def test_a_backend_asked_for_by_name_says_why_it_cannot_run(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -39,10 +40,31 @@ def fake_saved(x: Tensor, num_groups: int) -> Tensor:
     return x.new_empty((x.shape[0], num_groups, 2), dtype=accumulate_dtype(x.dtype))
 
 
-def fake_stats(x: Tensor, num_groups: int, return_stats: bool) -> Tensor:
+def fake_stats(op: str, x: Tensor, num_groups: int, return_stats: bool, backend: str) -> Tensor:
     """The partial statistics beside an op's output; the "cpu" backend merges them to one."""
-    shape = (x.shape[0], num_groups, 1, 3) if return_stats else (0,)
+    shape: tuple[Any, ...] = (0,)
+    if return_stats:
+        partials = 1
+        if backend == "triton":
+            channels_last = suggest_memory_format(x) == torch.channels_last
+            partials = kernels(op).stats_partials(x.shape, num_groups, channels_last, x.dtype)
+        shape = (x.shape[0], num_groups, partials, 3)
     return x.new_empty(shape, dtype=accumulate_dtype(x.dtype))
+
+
+def kernels(op: str) -> Any:
+    """The module of `op`'s Triton kernels, and with it Triton: imported when first asked for."""
+    return importlib.import_module(f"poolformer_kernels.kernels.{op}")
+
+
+def register_triton(op: str) -> None:
+    """Let the Triton kernels implement the forward of `op` on GPUs."""
+
+    def forward(*args: Any) -> Any:
+        *arguments, _ = args  # the backend, which is "triton": no other runs there
+        return kernels(op).forward(*arguments)
+
+    LIBRARY.impl(f"{op}_fwd", forward, "CUDA")
 
 
 def finish_backward(x: Tensor, grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

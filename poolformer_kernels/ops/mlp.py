@@ -47,7 +47,11 @@ def _fake_forward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     z = common.empty_like_op_output(x)
-    return z, common.fake_saved(x, num_groups), common.fake_stats(x, num_groups, return_stats)
+    return (
+        z,
+        common.fake_saved(x, num_groups),
+        common.fake_stats("mlp", x, num_groups, return_stats, backend),
+    )
 
 
 def _fake_backward(
@@ -83,7 +87,7 @@ def _backward(
     act: str,
     backend: str,
 ) -> tuple[Tensor, ...]:
-    grads = reference.mlp_backward(
+    args = (
         dz,
         x,
         saved,
@@ -98,11 +102,14 @@ def _backward(
         hidden_drop_path,
         act,
     )
-    return common.finish_backward(x, grads)
+    if backend == "triton":
+        return common.kernels("mlp").backward(*args)
+    return common.finish_backward(x, reference.mlp_backward(*args))
 
 
 common.register_fake("mlp_fwd", _fake_forward)
 common.register_fake("mlp_bwd", _fake_backward)
+common.register_triton("mlp")
 common.LIBRARY.impl("mlp_bwd", _backward, "CompositeExplicitAutograd")
 
 

@@ -37,7 +37,11 @@ def _fake_forward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     y = common.empty_like_op_output(x)
-    return y, common.fake_saved(x, num_groups), common.fake_stats(x, num_groups, return_stats)
+    return (
+        y,
+        common.fake_saved(x, num_groups),
+        common.fake_stats("pool_mixer", x, num_groups, return_stats, backend),
+    )
 
 
 def _fake_backward(
@@ -57,14 +61,16 @@ def _backward(
     pool_size: int,
     backend: str,
 ) -> tuple[Tensor, ...]:
-    grads = reference.pool_mixer_backward(
-        dy, x, saved, norm_weight, layer_scale, drop_path, pool_size
-    )
+    args = (dy, x, saved, norm_weight, layer_scale, drop_path, pool_size)
+    if backend == "triton":
+        return common.kernels("pool_mixer").backward(*args)
+    grads = reference.pool_mixer_backward(*args)
     return common.finish_backward(x, grads)
 
 
 common.register_fake("pool_mixer_fwd", _fake_forward)
 common.register_fake("pool_mixer_bwd", _fake_backward)
+common.register_triton("pool_mixer")
 common.LIBRARY.impl("pool_mixer_bwd", _backward, "CompositeExplicitAutograd")
 
 

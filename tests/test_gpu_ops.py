@@ -1,0 +1,86 @@
+"""The ops on a GPU through their public form: dispatcher, autograd, fakes, accelerate, training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import cases
+import pytest
+import torch
+from cases import Case
+from torch import Tensor
+
+import poolformer_kernels as pk
+from poolformer_kernels import reference
+
+pytestmark = pytest.mark.gpu
+OPS = ["pool_mixer", "mlp", "group_norm"]
+CASE = Case((2, 24, 7, 5), drop=True, hidden=40)
+
+
+def on_gpu(value: Any) -> Any:
+    return value.cuda() if isinstance(value, Tensor) else value
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("op", OPS)
+def test_forward_and_gradients(op: str, layout: str, dtype: torch.dtype) -> None:
+    x = cases.random_input(CASE, layout, dtype)
+    params, options = cases.parameters(op, CASE, dtype), cases.options(op, CASE)
+    dy = torch.randn(CASE.shape).to(dtype)
+    eager = cases.run(getattr(reference, op), x, params, dy, **options)
+    exact = cases.oracle(op, x, params, dy, **options)
+    x = cases.layout_of(x.cuda(), layout)
+    params = [on_gpu(p) for p in params]
+    options = {name: on_gpu(value) for name, value in options.items()}
+    ours = cases.run(getattr(pk, op), x, params, dy.cuda(), backend="triton", **options)
+    cases.assert_as_exact_as_eager([t.cpu() for t in ours], eager, exact)
+    assert pk.backends.resolve(op, "cuda", dtype, "gelu") == "triton"
+
+
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("op", ["pool_mixer", "mlp"])
+def test_fakes_agree_with_the_kernels(op: str, layout: str) -> None:
+    x = cases.random_input(CASE, layout, torch.float32).cuda()
+    x = cases.layout_of(x, layout)
+    params = [on_gpu(p) for p in cases.parameters(op, CASE, torch.float32)]
+    if op == "pool_mixer":
+        args: tuple[Any, ...] = (x, None, params[0], params[2], None, 3, 1, 1e-5, True, "triton")
+    else:
+        args = (x, None, *params, None, None, "gelu", 1, 1e-5, True, "triton")
+    real = getattr(torch.ops.poolformer_kernels, f"{op}_fwd")(*args)
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fakes = [mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args]
+        fake = getattr(torch.ops.poolformer_kernels, f"{op}_fwd")(*fakes)
+    for a, b in zip(real, fake, strict=True):
+        assert a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
+
+
+def test_training_follows_eager() -> None:
+    config = pk.PoolFormerConfig(
+        hidden_sizes=[8, 16, 24, 32],
+        depths=[1, 1, 1, 1],
+        num_labels=4,
+        drop_path_rate=0.1,
+        layer_scale_init_value=0.5,
+    )
+    torch.manual_seed(0)
+    start = pk.PoolFormerForImageClassification(config).state_dict()
+    x, labels = torch.randn(4, 3, 32, 32).cuda(), torch.tensor([0, 1, 2, 3]).cuda()
+    losses = {}
+    for backend in ("torch", "triton"):
+        model = pk.PoolFormerForImageClassification(config).cuda().train()
+        model.load_state_dict(start)
+        pk.accelerate(model, backend)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        losses[backend] = []
+        torch.manual_seed(1)
+        for _ in range(20):
+            loss = model(x, labels=labels).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[backend].append(loss.item())
+    assert sum(losses["torch"][-5:]) < 0.8 * sum(losses["torch"][:5]), losses
+    torch.testing.assert_close(losses["triton"], losses["torch"], rtol=2e-3, atol=2e-3)
