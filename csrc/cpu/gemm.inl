@@ -32,7 +32,7 @@ static __attribute__((noinline)) void multiply(const A* weight, int64_t stride, 
 #pragma GCC unroll 16
   for (int i = 0; i < kCount; ++i) {
 #pragma GCC unroll 2
-    for (int j = 0; j < kVectors; ++j) sums[i][j] = add ? load(out + i * n + j * w) : Vec<A>{};
+    for (int j = 0; j < kVectors; ++j) sums[i][j] = Vec<A>{};
   }
   const A* rows[kCount];
 #pragma GCC unroll 16
@@ -47,7 +47,10 @@ static __attribute__((noinline)) void multiply(const A* weight, int64_t stride, 
 #pragma GCC unroll 16
   for (int i = 0; i < kCount; ++i) {
 #pragma GCC unroll 2
-    for (int j = 0; j < kVectors; ++j) store(out + i * n + j * w, sums[i][j]);
+    for (int j = 0; j < kVectors; ++j) {  // chunk by chunk: half the error of one long sum
+      A* to = out + i * n + j * w;
+      store(to, add ? load(to) + sums[i][j] : sums[i][j]);
+    }
   }
 }
 
