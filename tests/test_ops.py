@@ -41,6 +41,15 @@ def test_forward_and_gradients(
     assert torch.equal(no_grad, ours[0]), "the forward depends on whether gradients are wanted"
 
 
+@pytest.mark.parametrize("backend", KERNELS)
+def test_long_sums_have_at_most_twice_the_error_of_eager(backend: str) -> None:
+    x, params, options = setup("mlp", Case((2, 320, 14, 14)), "channels_last", torch.float32)
+    exact = cases.oracle("mlp", x, params, **options)[0]
+    ours = cases.run(pk.mlp, x, params, backend=backend, **options)[0]
+    eager = cases.run(reference.mlp, x, params, **options)[0]
+    assert (ours - exact).norm() <= 2 * (eager - exact).norm()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 @pytest.mark.parametrize("op", OPS)
