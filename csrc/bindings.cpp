@@ -201,12 +201,12 @@ std::tuple<Tensor, Tensor, Tensor> pool_mixer_fwd(const Tensor& x, const Optiona
   return {t.out, moments.saved, return_stats ? write_stats(partials, t) : no_stats(t.x)};
 }
 
-std::tuple<Tensor, Tensor, Tensor> mlp_fwd(
+std::tuple<Tensor, Tensor, Tensor, Tensor> mlp_fwd(
     const Tensor& x, const OptionalTensor& stats, const OptionalTensor& norm_weight,
     const OptionalTensor& norm_bias, const Tensor& fc1_weight, const OptionalTensor& fc1_bias,
     const Tensor& fc2_weight, const OptionalTensor& fc2_bias, const OptionalTensor& layer_scale,
     const OptionalTensor& drop_path, const OptionalTensor& hidden_drop_path, std::string act,
-    int64_t num_groups, double eps, bool return_stats, std::string backend) {
+    int64_t num_groups, double eps, bool return_stats, bool save_hidden, std::string backend) {
   const char* op = "mlp";
   check_input(op, x, num_groups, eps, backend);
   int64_t channels = x.size(1), hidden = fc1_weight.dim() ? fc1_weight.size(0) : 0;
@@ -258,7 +258,8 @@ std::tuple<Tensor, Tensor, Tensor> mlp_fwd(
           [&](int64_t begin, int64_t end) { kernels.mlp_finish(args, begin, end); });
     }
   }
-  return {t.out, moments.saved, return_stats ? write_stats(partials, t) : no_stats(t.x)};
+  return {t.out, moments.saved, return_stats ? write_stats(partials, t) : no_stats(t.x),
+          at::empty({0}, fc1_weight.options())};  // the backward recomputes the hidden
 }
 
 TORCH_LIBRARY_IMPL(poolformer_kernels, CPU, m) {

@@ -53,8 +53,6 @@ def _kernel_limits(call: Call, dtypes: tuple[torch.dtype, ...]) -> str | None:
         return f"it has no kernel for {call.dtype}"
     if call.act == "callable":
         return "it has no kernel for an activation given as a callable"
-    if call.autocast:
-        return "under autocast the dtypes of activations and parameters differ"
     return None
 
 
@@ -63,6 +61,8 @@ def _cpu(call: Call) -> str | None:
         return f"it runs on CPU tensors, and this one is on {call.device}"
     if _extension.load() is None:
         return _extension.why_not()
+    if call.autocast:
+        return "under autocast the dtypes of activations and weights differ"
     return _kernel_limits(call, _CPU_DTYPES)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .ops._common import is_autocast
+from .ops._common import autocast_norm_dtype, is_autocast
 from .reference import accumulate_dtype
 
 
@@ -25,9 +25,10 @@ def branch_dtypes(x: Tensor, layer_scale: Tensor | None) -> tuple[torch.dtype, t
     """Eager's dtypes of (a scaled branch, the MLP's hidden): x's, unless autocast rules."""
     if not is_autocast(x):
         return x.dtype, x.dtype
-    lower = torch.get_autocast_dtype(x.device.type)
-    normed = torch.float32 if x.device.type == "cuda" else x.dtype
-    return normed if layer_scale is None else torch.result_type(x, layer_scale), lower
+    normed = autocast_norm_dtype(x)
+    if layer_scale is not None:
+        normed = torch.promote_types(normed, layer_scale.dtype)
+    return normed, torch.get_autocast_dtype(x.device.type)
 
 
 def draw_block_drop_path(

@@ -103,12 +103,14 @@ class Mlp(nn.Module):
         layer_scale_init_value: float | None = 1e-5,
         num_groups: int = 1,
         eps: float = 1e-5,
+        save_hidden: bool = False,
         backend: str | None = None,
     ) -> None:
         super().__init__()
         canonical_act(act)
         hidden_channels = hidden_channels or 4 * channels
         self.act, self.drop_path, self.backend = act, drop_path, backend
+        self.save_hidden = save_hidden
         self.norm = nn.GroupNorm(num_groups, channels, eps)
         self.fc1 = nn.Conv2d(channels, hidden_channels, 1)
         self.fc2 = nn.Conv2d(hidden_channels, channels, 1)
@@ -131,6 +133,7 @@ class Mlp(nn.Module):
             act=self.act,
             num_groups=self.norm.num_groups,
             eps=self.norm.eps,
+            save_hidden=self.save_hidden,
             backend=self.backend,
         )
 
@@ -170,6 +173,7 @@ class PoolFormerBlock(nn.Module):
         use_layer_scale, layer_scale_init_value: whether there are layer scales, and their first
             value.
         num_groups, eps: of both GroupNorms.
+        save_hidden: keep the MLP's hidden for the backward instead of computing it again.
         backend: "auto", "torch", "cpu", "triton" or "cuda"; None leaves the choice to
             `use_backend`.
 
@@ -192,6 +196,7 @@ class PoolFormerBlock(nn.Module):
         layer_scale_init_value: float = 1e-5,
         num_groups: int = 1,
         eps: float = 1e-5,
+        save_hidden: bool = False,
         backend: str | None = None,
     ) -> None:
         super().__init__()
@@ -202,7 +207,7 @@ class PoolFormerBlock(nn.Module):
                 f"PoolFormerBlock: drop_path is {drop_path!r}; it has to be in [0, 1)."
             )
         self.pool_size, self.hidden_act = pool_size, hidden_act
-        self.drop_path, self.backend = drop_path, backend
+        self.drop_path, self.save_hidden, self.backend = drop_path, save_hidden, backend
         self.output = PoolFormerMlp(channels, hidden_channels or 4 * channels)
         self.before_norm = nn.GroupNorm(num_groups, channels, eps)
         self.after_norm = nn.GroupNorm(num_groups, channels, eps)
@@ -230,6 +235,7 @@ class PoolFormerBlock(nn.Module):
             (k1, hidden_drop_path, k2),
             pool_size=self.pool_size,
             act=self.hidden_act,
+            save_hidden=self.save_hidden,
             backend=self.backend,
             stats=stats,
             return_stats=return_stats,
@@ -254,6 +260,7 @@ def fused_block(
     *,
     pool_size: int,
     act: str | Callable[[Tensor], Tensor],
+    save_hidden: bool = False,
     backend: str | None = None,
     stats: Tensor | None = None,
     return_stats: bool = False,
@@ -294,5 +301,6 @@ def fused_block(
         eps=norm2.eps,
         stats=stats,
         return_stats=return_stats,
+        save_hidden=save_hidden,
         backend=backend,
     )

@@ -90,7 +90,7 @@ AUTO = [
     ({"device": "cuda", "op": "group_norm", "act": None}, {}, "triton"),
     ({"device": "cuda"}, {"triton": False}, "torch"),
     ({"device": "cuda", "dtype": torch.float64}, {}, "torch"),
-    ({"device": "cuda", "autocast": True}, {}, "torch"),
+    ({"device": "cuda", "autocast": True}, {}, "triton"),
     ({"device": "mps"}, {}, "torch"),
 ]
 

@@ -35,14 +35,16 @@ def arguments(
         tail = (3, groups, 1e-5, full, "cpu")
     else:
         tensors = [*params, options.get("drop_path"), options.get("hidden_drop_path")]
-        tail = ("gelu", groups, 1e-5, full, "cpu")
+        tail = ("gelu", groups, 1e-5, full, full, "cpu")
     if direction == "fwd":
         return x, stats, *tensors, *tail
     saved = torch.rand(case.shape[0], groups, 2, dtype=acc)
     dy = torch.randn(case.shape).to(dtype)
     if op == "group_norm":
         return dy, x, saved, tensors[0], "cpu"
-    return dy, x, saved, *tensors, 3 if op == "pool_mixer" else "gelu", "cpu"
+    if op == "pool_mixer":
+        return dy, x, saved, *tensors, 3, "cpu"
+    return dy, x, saved, None, *tensors, "gelu", "cpu"
 
 
 COMBINATIONS = [

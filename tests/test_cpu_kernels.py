@@ -256,6 +256,7 @@ def direct(op: str, **changes: Any) -> Any:
         values |= {"weight": None, "bias": None}
     values |= {"num_groups": 2, "eps": 1e-5}
     values |= {} if op == "group_norm" else {"return_stats": False}
+    values |= {"save_hidden": False} if op == "mlp" else {}
     values |= {"backend": "cpu"}
     assert changes.keys() <= values.keys()
     return getattr(torch.ops.poolformer_kernels, f"{op}_fwd")(*(values | changes).values())

@@ -40,14 +40,26 @@ def fake_saved(x: Tensor, num_groups: int) -> Tensor:
     return x.new_empty((x.shape[0], num_groups, 2), dtype=accumulate_dtype(x.dtype))
 
 
-def fake_stats(op: str, x: Tensor, num_groups: int, return_stats: bool, backend: str) -> Tensor:
-    """The partial statistics beside an op's output; the "cpu" backend merges them to one."""
+def fake_stats(
+    op: str,
+    x: Tensor,
+    num_groups: int,
+    return_stats: bool,
+    backend: str,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """The partial statistics beside an op's output; the "cpu" backend merges them to one.
+
+    dtype: that of products, if it is not x's.
+    """
     shape: tuple[Any, ...] = (0,)
     if return_stats:
         partials = 1
         if backend == "triton":
             channels_last = suggest_memory_format(x) == torch.channels_last
-            partials = kernels(op).stats_partials(x.shape, num_groups, channels_last, x.dtype)
+            partials = kernels(op).stats_partials(
+                x.shape, num_groups, channels_last, dtype or x.dtype
+            )
         shape = (x.shape[0], num_groups, partials, 3)
     return x.new_empty(shape, dtype=accumulate_dtype(x.dtype))
 
@@ -218,3 +230,20 @@ def device_type(x: Tensor) -> str:
 def is_autocast(x: Tensor) -> bool:
     """Whether torch.autocast rules the dtypes of operators on x's device."""
     return torch.is_autocast_enabled(device_type(x))
+
+
+def autocast_norm_dtype(x: Tensor) -> torch.dtype:
+    """Eager's dtype of GroupNorm's result under autocast, which rules it on GPUs alone."""
+    return torch.float32 if device_type(x) == "cuda" else x.dtype
+
+
+def promote(branch: torch.dtype, layer_scale: Tensor | None, x: Tensor) -> torch.dtype:
+    """Eager's dtype of x + layer_scale · branch."""
+    if layer_scale is not None:
+        branch = torch.promote_types(branch, layer_scale.dtype)
+    return torch.promote_types(branch, x.dtype)
+
+
+def as_float32(*tensors: Any) -> Any:
+    """Each tensor that is there in float32; gradients come back in its own dtype."""
+    return tuple(None if t is None else t.float() for t in tensors)

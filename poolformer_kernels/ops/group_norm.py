@@ -112,7 +112,7 @@ def group_norm(
         backend: "auto", "torch", "cpu", "triton" or "cuda"; see `use_backend`.
 
     Returns:
-        (B, C, H, W) in x's dtype and layout.
+        (B, C, H, W) in x's dtype and layout. Under torch.autocast it has eager's dtype.
 
     Raises:
         TypeError, ValueError: an argument that does not fit, with what would.
@@ -129,6 +129,10 @@ def group_norm(
     backend = resolve("group_norm", common.device_type(x), x.dtype, None, grad, autocast, backend)
     if backend == "torch":
         return reference.group_norm(x, weight, bias, num_groups=num_groups, eps=eps)
+    dtype = x.dtype
+    if autocast:
+        dtype = common.autocast_norm_dtype(x)
+        x, weight, bias = common.as_float32(x, weight, bias)
     args = (x, stats, weight, bias, num_groups, eps, backend)
     y, _ = GroupNormFunction.apply(*args) if grad else _forward_op(*args)
-    return y
+    return y if y.dtype == dtype else y.to(dtype)

@@ -17,11 +17,12 @@ common.define(
     "mlp_fwd(Tensor x, Tensor? stats, Tensor? norm_weight, Tensor? norm_bias, "
     "Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, "
     "Tensor? layer_scale, Tensor? drop_path, Tensor? hidden_drop_path, str act, int num_groups, "
-    "float eps, bool return_stats, str backend) -> (Tensor z, Tensor saved, Tensor stats_out)"
+    "float eps, bool return_stats, bool save_hidden, str backend) "
+    "-> (Tensor z, Tensor saved, Tensor stats_out, Tensor hidden)"
 )
 common.define(
-    "mlp_bwd(Tensor dz, Tensor x, Tensor saved, Tensor? norm_weight, Tensor? norm_bias, "
-    "Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, "
+    "mlp_bwd(Tensor dz, Tensor x, Tensor saved, Tensor? hidden, Tensor? norm_weight, "
+    "Tensor? norm_bias, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, "
     "Tensor? layer_scale, Tensor? drop_path, Tensor? hidden_drop_path, str act, str backend) "
     "-> (Tensor dx, Tensor dnorm_weight, Tensor dnorm_bias, Tensor dfc1_weight, Tensor dfc1_bias, "
     "Tensor dfc2_weight, Tensor dfc2_bias, Tensor dlayer_scale)"
@@ -44,67 +45,39 @@ def _fake_forward(
     num_groups: int,
     eps: float,
     return_stats: bool,
+    save_hidden: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    z = common.empty_like_op_output(x)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, _, height, width = x.shape
+    saves = save_hidden and backend == "triton"
     return (
-        z,
+        common.empty_like_op_output(x),
         common.fake_saved(x, num_groups),
-        common.fake_stats("mlp", x, num_groups, return_stats, backend),
+        common.fake_stats("mlp", x, num_groups, return_stats, backend, fc1_weight.dtype),
+        fc1_weight.new_empty((batch, height, width, fc1_weight.shape[0]) if saves else (0,)),
     )
 
 
 def _fake_backward(
-    dz: Tensor,
-    x: Tensor,
-    saved: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor | None,
-    fc2_weight: Tensor,
-    *args: Any,
+    dz: Tensor, x: Tensor, saved: Tensor, hidden: Tensor | None, *args: Any
 ) -> tuple[Tensor, ...]:
-    hidden, channels = fc1_weight.shape[0], x.shape[1]
-    shapes: tuple[Any, ...] = (channels, channels, fc1_weight.shape, hidden, fc2_weight.shape)
-    grads = (x.new_empty(shape) for shape in (*shapes, channels, channels))
+    parameters, channels = args[:7], x.shape[1]
+    units = parameters[2].shape[0]
+    shapes = (channels, channels, parameters[2].shape, units, parameters[4].shape, channels)
+    likes = (x if p is None else p for p in parameters)
+    shapes = (*shapes, channels)
+    grads = (like.new_empty(shape) for like, shape in zip(likes, shapes, strict=True))
     return common.empty_like_op_output(x), *grads
 
 
 def _backward(
-    dz: Tensor,
-    x: Tensor,
-    saved: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor | None,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor | None,
-    layer_scale: Tensor | None,
-    drop_path: Tensor | None,
-    hidden_drop_path: Tensor | None,
-    act: str,
-    backend: str,
+    dz: Tensor, x: Tensor, saved: Tensor, hidden: Tensor | None, *args: Any
 ) -> tuple[Tensor, ...]:
-    args = (
-        dz,
-        x,
-        saved,
-        norm_weight,
-        norm_bias,
-        fc1_weight,
-        fc1_bias,
-        fc2_weight,
-        fc2_bias,
-        layer_scale,
-        drop_path,
-        hidden_drop_path,
-        act,
-    )
+    *arguments, backend = args
     if backend == "triton":
-        return common.kernels("mlp").backward(*args)
-    return common.finish_backward(x, reference.mlp_backward(*args))
+        return common.kernels("mlp").backward(dz, x, saved, hidden, *arguments)
+    with torch.autocast(common.device_type(x), enabled=False):
+        return common.finish_backward(x, reference.mlp_backward(dz, x, saved, *arguments))
 
 
 common.register_fake("mlp_fwd", _fake_forward)
@@ -120,31 +93,31 @@ _backward_op = torch.ops.poolformer_kernels.mlp_bwd.default
 class MlpFunction(torch.autograd.Function):
     """Autograd of `mlp`, with the arguments of mlp_fwd.
 
-    Saves x and two numbers per image and group; the hidden is recomputed.
+    Saves x, two numbers per image and group and, if asked for, the hidden; else it is recomputed.
     """
 
     @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return _forward_op(*args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         x, _, *tensors = inputs[:11]
-        _, saved, stats_out = output
-        ctx.mark_non_differentiable(saved, stats_out)
+        _, saved, stats_out, hidden = output
+        ctx.mark_non_differentiable(saved, stats_out, hidden)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, saved, *tensors)
-        ctx.act, ctx.backend = inputs[11], inputs[15]
+        ctx.save_for_backward(x, saved, hidden if hidden.dim() == 4 else None, *tensors)
+        ctx.act, ctx.backend = inputs[11], inputs[16]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dz: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if dz is None:
-            return (None,) * 16
-        x, saved, *tensors = ctx.saved_tensors
-        dx, *grads = _backward_op(dz, x, saved, *tensors, ctx.act, ctx.backend)
+            return (None,) * 17
+        x, saved, hidden, *tensors = ctx.saved_tensors
+        dx, *grads = _backward_op(dz, x, saved, hidden, *tensors, ctx.act, ctx.backend)
         given = (None if t is None else grad for t, grad in zip(tensors[:7], grads, strict=True))
-        return dx, None, *given, *(None,) * 7
+        return dx, None, *given, *(None,) * 8
 
 
 def mlp(
@@ -164,6 +137,7 @@ def mlp(
     eps: float = 1e-5,
     stats: Tensor | None = None,
     return_stats: bool = False,
+    save_hidden: bool = False,
     backend: str | None = None,
 ) -> Tensor | Any:
     """z = x + drop_path · layer_scale · fc2(hidden_drop_path · act(fc1(GN(x)))).
@@ -182,11 +156,14 @@ def mlp(
         stats: (B, G, P, 3), what the op that made x returned for return_stats=True: partial
             statistics (count, mean, M2) of x. They only save the time to compute them.
         return_stats: return (z, statistics of z).
+        save_hidden: keep fc1's result for the backward, B · H · W · hidden elements, instead of
+            computing it again from x. The "triton" backend can; "cpu" always recomputes.
         backend: "auto", "torch", "cpu", "triton" or "cuda"; see `use_backend`.
 
     Returns:
         z: (B, C, H, W) in x's dtype and layout; with return_stats also (B, G, P, 3) in float32
-            (float64).
+            (float64). Under torch.autocast the products are in its dtype, all else in float32, and
+            z has eager's dtype.
 
     Raises:
         TypeError, ValueError: an argument that does not fit, with what would.
@@ -222,17 +199,28 @@ def mlp(
             eps=eps,
             return_stats=return_stats,
         )
+    factors: tuple[Tensor | None, ...] = (drop_path, hidden_drop_path)
+    dtype = x.dtype
+    if autocast:
+        product = torch.get_autocast_dtype(common.device_type(x))
+        dtype = common.promote(product, layer_scale, x)
+        x, norm_weight, norm_bias, layer_scale, *factors = common.as_float32(
+            x, norm_weight, norm_bias, layer_scale, *factors
+        )
+        weights = (fc1_weight.to(product), fc1_bias, fc2_weight.to(product), fc2_bias)
+        parameters = (norm_weight, norm_bias, *weights, layer_scale)
     args = (
         x,
         stats,
         *parameters,
-        drop_path,
-        hidden_drop_path,
+        *factors,
         act_name,
         num_groups,
         eps,
         return_stats,
+        save_hidden and grad,
         backend,
     )
-    z, _, stats_out = MlpFunction.apply(*args) if grad else _forward_op(*args)
+    z, _, stats_out, _ = MlpFunction.apply(*args) if grad else _forward_op(*args)
+    z = z if z.dtype == dtype else z.to(dtype)
     return (z, stats_out) if return_stats else z

@@ -147,7 +147,7 @@ def pool_mixer(
 
     Returns:
         y: (B, C, H, W) in x's dtype and layout; with return_stats also (B, G, P, 3) in float32
-            (float64).
+            (float64). Under torch.autocast it is computed in float32, and y has eager's dtype.
 
     Raises:
         TypeError, ValueError: an argument that does not fit, with what would.
@@ -177,6 +177,13 @@ def pool_mixer(
             eps=eps,
             return_stats=return_stats,
         )
+    dtype = x.dtype
+    if autocast:
+        normed = common.autocast_norm_dtype(x)
+        dtype = common.promote(normed, layer_scale, x)
+        x, norm_weight, norm_bias, layer_scale, drop_path = common.as_float32(
+            x, norm_weight, norm_bias, layer_scale, drop_path
+        )
     args = (
         x,
         stats,
@@ -190,4 +197,5 @@ def pool_mixer(
         backend,
     )
     y, _, stats_out = PoolMixerFunction.apply(norm_bias, *args) if grad else _forward_op(*args)
+    y = y if y.dtype == dtype else y.to(dtype)
     return (y, stats_out) if return_stats else y
