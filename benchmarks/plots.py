@@ -33,9 +33,9 @@ def _unique(rows: Sequence[dict[str, Any]], key: str) -> list[Any]:
     return list(dict.fromkeys(row[key] for row in rows))
 
 
-def _finish(figure: Any, title: str, row: dict[str, Any], path: Path) -> Path:
+def _finish(figure: Any, title: str, caption: str, path: Path) -> Path:
     figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
-    figure.supxlabel(_caption(row), x=0.01, ha="left", fontsize=7, color="#555555")
+    figure.supxlabel(caption, x=0.01, ha="left", fontsize=7, color="#555555")
     figure.savefig(path, dpi=150)
     plt.close(figure)
     return path
@@ -72,7 +72,7 @@ def plot_ops(csv_path: Path) -> Path:
     title = (
         f"Ops, {direction}: speed-up over plain PyTorch (log scale; its ms are under the shapes)"
     )
-    return _finish(figure, title, rows[0], csv_path.with_suffix(".png"))
+    return _finish(figure, title, _caption(rows[0]), csv_path.with_suffix(".png"))
 
 
 def _speedups(axes: Axes, rows: list[dict[str, Any]], baseline: str, names: list[str]) -> None:
@@ -126,7 +126,7 @@ def plot_models(csv_path: Path, title: str = "Models: time per batch") -> Path:
             fontsize=9,
         )
     grid[-1][0].set_xlabel("milliseconds per batch (bar: median; line: p20 to p80)", fontsize=8)
-    return _finish(figure, title, rows[0], csv_path.with_suffix(".png"))
+    return _finish(figure, title, _caption(rows[0]), csv_path.with_suffix(".png"))
 
 
 def _kind(row: dict[str, Any]) -> str:
@@ -159,10 +159,58 @@ def _times(axes: Axes, rows: list[dict[str, Any]], colour: dict[str, str]) -> No
     _plain(axes)
 
 
+def plot_traffic(csv_path: Path) -> Path:
+    """Passes over x and launches of a block inside a stage, by direction (rows) and stage shape."""
+    rows = [row for row in read_csv(csv_path) if row["op"] == "stage"]
+    dtype, layout = rows[0]["dtype"], rows[0]["layout"]
+    rows = [row for row in rows if (row["dtype"], row["layout"]) == (dtype, layout)]
+    directions = _unique(rows, "direction")
+    quantities = {"passes": "passes of S", "launches": "launches"}
+    size = (11, 1.4 + 2.3 * len(directions))
+    figure, grid = plt.subplots(
+        len(directions), 2, figsize=size, layout="constrained", squeeze=False
+    )
+    for direction, line in zip(directions, grid, strict=True):
+        part = [row for row in rows if row["direction"] == direction]
+        for (key, title), axes in zip(quantities.items(), line, strict=True):
+            _counts(axes, part, key)
+            axes.set_title(f"{direction}: {title}", loc="left", fontsize=9)
+        places = range(len(_unique(part, "shape")))
+        least = part[0]["least_passes"]
+        line[0].hlines(least, -0.45, len(places) - 0.55, color="black", linewidth=1, label="least")
+    handles, labels = grid[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper right", ncols=len(labels), fontsize=8)
+    title = f"A block in a stage, {dtype}: what it moves and launches (plain PyTorch: at least)"
+    versions = f"counted on: {rows[0]['gpu']}, torch {rows[0]['torch']}, triton {rows[0]['triton']}"
+    package = f"poolformer_kernels {rows[0]['package']} ({rows[0]['commit']})"
+    caption = (
+        f"{versions}, {package}, {str(rows[0]['date'])[:10]}\n"
+        "S: the bytes of x. Parameters, their gradients and partial sums are not included"
+    )
+    return _finish(figure, title, caption, csv_path.with_suffix(".png"))
+
+
+def _counts(axes: Axes, rows: list[dict[str, Any]], key: str) -> None:
+    names, shapes = _unique(rows, "contender"), _unique(rows, "shape")
+    width = 0.84 / len(names)
+    for index, (name, colour) in enumerate(zip(names, (BASELINE, *COLOURS), strict=False)):
+        heights = {row["shape"]: row[key] for row in rows if row["contender"] == name}
+        places = [i + (index - (len(names) - 1) / 2) * width for i in range(len(shapes))]
+        values = [heights[shape] for shape in shapes]
+        bars = axes.bar(places, values, width, color=colour, label=name)
+        axes.bar_label(bars, [f"{value:.3g}" for value in values], fontsize=6, padding=1)
+    variants = {row["shape"]: row["variant"] for row in rows}
+    ticks = [f"{variants[s]}\n{'·'.join(s.split('x')[1:])}" for s in shapes]
+    axes.set_xticks(range(len(shapes)), ticks, fontsize=6)
+    axes.tick_params(axis="y", labelsize=7)
+    _plain(axes)
+
+
 def main(paths: list[str]) -> int:
     for path in map(Path, paths):
-        rows = read_csv(path)
-        plot = plot_ops if rows and "op" in rows[0] else plot_models
+        columns = (read_csv(path) or [{}])[0]
+        counts = "passes" in columns
+        plot = plot_traffic if counts else plot_ops if "op" in columns else plot_models
         print(f"wrote {plot(path)}")
     return 0
 
