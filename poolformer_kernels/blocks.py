@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .drop_path import branch_dtypes
+from .subclasses import original_class
 
 Factors = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -49,7 +50,7 @@ class Family:
 
     def base(self, cls: type[nn.Module]) -> type[nn.Module] | None:
         """The library's own class among `cls` and its bases."""
-        for base in getattr(cls, "_poolformer_original", cls).__mro__:
+        for base in original_class(cls).__mro__:
             if base.__name__ == self.block and base.__module__.startswith(self.library):
                 return base
         return None
@@ -195,7 +196,7 @@ def why_not(family: Family, block: nn.Module, parts: Parts) -> str | None:
     """Why `block` has to run its own forward; None if the fused ops compute the same."""
     cls = type(block)
     base = family.base(cls)
-    own_forward = getattr(cls, "_poolformer_original", cls).forward
+    own_forward = original_class(cls).forward
     if "forward" in block.__dict__:
         return "its forward has been replaced on the instance"
     if base is not None and own_forward is not base.forward:

@@ -217,8 +217,11 @@ class PoolFormerBlock(nn.Module):
 
     def forward(
         self, x: Tensor, stats: Tensor | None = None, return_stats: bool = False
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """`stats` and `return_stats` hand statistics of x and of the result from block to block."""
+    ) -> Tensor | tuple[Tensor, Tensor | None]:
+        """`stats` and `return_stats` hand statistics of x and of the result from block to block.
+
+        Returned statistics are None where the backend, "torch", would not use them.
+        """
         k1 = k2 = hidden_drop_path = None
         if self.training and self.drop_path > 0:
             k1, hidden_drop_path, k2 = draw_block_drop_path(
@@ -264,8 +267,11 @@ def fused_block(
     backend: str | None = None,
     stats: Tensor | None = None,
     return_stats: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Both halves of a block, from modules with its parameters; factors (mixer, hidden, MLP)."""
+) -> Tensor | tuple[Tensor, Tensor | None]:
+    """Both halves of a block, from modules with its parameters; factors (mixer, hidden, MLP).
+
+    With return_stats: (result, its statistics, or None where the backends do not share them).
+    """
     k1, hidden_drop_path, k2 = factors
     grad = needs_grad(x, fc1.weight, fc2.weight)
     shares = norm1.num_groups == norm2.num_groups and shares_stats(
@@ -285,7 +291,7 @@ def fused_block(
         backend=backend,
     )
     y, stats = y if shares else (y, None)
-    return mlp(
+    z = mlp(
         y,
         norm2.weight,
         norm2.bias,
@@ -300,7 +306,8 @@ def fused_block(
         num_groups=norm2.num_groups,
         eps=norm2.eps,
         stats=stats,
-        return_stats=return_stats,
+        return_stats=return_stats and shares,
         save_hidden=save_hidden,
         backend=backend,
     )
+    return (z, None) if return_stats and not shares else z

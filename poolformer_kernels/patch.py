@@ -1,9 +1,10 @@
 """accelerate(model): run the PoolFormer blocks of a model that you already have on the fused ops.
 
 A block is changed in place by giving it a subclass of its own class whose forward runs the fused
-ops on the block's own parameters. Nothing is added to the module tree, so names, parameters and
-state_dict stay; isinstance, deepcopy, pickle and torch.save work; restore(model) puts the class
-back.
+ops on the block's own parameters. What calls the blocks of a stage one after another is given such
+a subclass too, so that they hand on statistics (stages.py). Nothing is added to the module tree, so
+names, parameters and state_dict stay; isinstance, deepcopy, pickle and torch.save work;
+restore(model) puts the classes back.
 
 Before each forward the block is looked at again. What the fused ops would skip (a hook on an inner
 module, a convolution that LoRA or a quantiser has replaced) sends that block back to its own
@@ -23,8 +24,11 @@ from torch import nn
 from . import backends
 from .blocks import FAMILIES, activation_name, family_of, pool_size, unchanged, why_not
 from .modules import GroupNorm, Mlp, PoolFormerBlock, PoolMixer, fused_block
+from .stages import link, unlink
+from .subclasses import original_class, with_forward
 
 _BACKEND = "_poolformer_backend"
+_SAVE_HIDDEN = "_poolformer_save_hidden"
 _TYPES = "_poolformer_types"  # of the inner modules when accelerate found the block fit
 _NATIVE = (PoolFormerBlock, PoolMixer, Mlp, GroupNorm)
 
@@ -44,17 +48,19 @@ class Report:
         return "\n".join(lines)
 
 
-def accelerate(model: nn.Module, backend: str = "auto") -> nn.Module:
+def accelerate(model: nn.Module, backend: str = "auto", *, save_hidden: bool = False) -> nn.Module:
     """Let the PoolFormer blocks of `model` run on the fused ops, in place.
 
     Takes models of Hugging Face, timm (poolformer_*) and the original repository, and our own.
     Warns of blocks that it leaves as they are, with the reason; `report(model)` says it again at
-    any time. Calling it again changes the backend.
+    any time. Calling it again changes the backend and save_hidden.
 
     Args:
         model: any module that holds PoolFormer blocks, or is one.
         backend: "torch", "cpu", "triton" or "cuda"; "auto" takes the best one for each call, and
             lets `use_backend` rule.
+        save_hidden: in training, keep the MLPs' hiddens for the backward instead of computing them
+            again: three times the memory, one product less (see `mlp`).
 
     Returns:
         `model` itself.
@@ -85,12 +91,16 @@ def accelerate(model: nn.Module, backend: str = "auto") -> nn.Module:
     for path, module in found:
         if isinstance(module, _NATIVE):
             module.backend = name
+            if isinstance(module, (PoolFormerBlock, Mlp)):
+                module.save_hidden = save_hidden
         elif (reason := _why_not_now(module)) is not None:
             _restore_block(module)
             where = path or "model"
             warnings.warn(f"accelerate left {where} as it was: {reason}", stacklevel=2)
         else:
-            _accelerate_block(module, name)
+            _accelerate_block(module, name, save_hidden)
+    for module in model.modules():
+        link(module)
     return model
 
 
@@ -99,8 +109,11 @@ def restore(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, _NATIVE):
             module.backend = None
+            if isinstance(module, (PoolFormerBlock, Mlp)):
+                module.save_hidden = False
         else:
             _restore_block(module)
+            unlink(module)
     return model
 
 
@@ -132,24 +145,20 @@ def _check_backend(module: nn.Module, backend: str) -> None:
         backends.resolve(op, parameter.device.type, parameter.dtype, backend=backend)
 
 
-def _accelerate_block(module: nn.Module, backend: str | None) -> None:
+def _accelerate_block(module: nn.Module, backend: str | None, save_hidden: bool) -> None:
     family = family_of(module)
     assert family is not None
-    module.__class__ = _accelerated(_original(type(module)))
+    module.__class__ = _accelerated(original_class(type(module)))
     setattr(module, _BACKEND, backend)
+    setattr(module, _SAVE_HIDDEN, save_hidden)
     setattr(module, _TYPES, tuple(map(type, family.parts(module).inner())))
 
 
 def _restore_block(module: nn.Module) -> None:
     if hasattr(module, _BACKEND):
-        module.__class__ = _original(type(module))
-        delattr(module, _BACKEND)
-        delattr(module, _TYPES)
-
-
-def _original(cls: type[nn.Module]) -> Any:
-    """The class that `cls` accelerates, or `cls` itself."""
-    return getattr(cls, "_poolformer_original", cls)
+        module.__class__ = original_class(type(module))
+        for name in (_BACKEND, _SAVE_HIDDEN, _TYPES):
+            delattr(module, name)
 
 
 @torch.compiler.assume_constant_result
@@ -169,10 +178,17 @@ def _accelerated(cls: type[nn.Module]) -> type[nn.Module]:
     """A subclass of `cls` under its own name whose forward runs the fused ops."""
     family = next(family for family in FAMILIES if family.base(cls) is not None)
 
-    def forward(self: nn.Module, hidden_states: torch.Tensor) -> Any:
+    def forward(
+        self: nn.Module,
+        hidden_states: torch.Tensor,
+        stats: torch.Tensor | None = None,
+        return_stats: bool = False,
+    ) -> Any:
+        """With return_stats: (result, its statistics, or None where they are not known)."""
         if (reason := _why_not_now(self)) is not None:
             warnings.warn(f"a block runs its own forward: {reason}", stacklevel=2)
-            return cls.forward(self, hidden_states)
+            result = cls.forward(self, hidden_states)
+            return (result[0] if family.returns_tuple else result, None) if return_stats else result
         parts = family.parts(self)
         result = fused_block(
             hidden_states,
@@ -185,22 +201,16 @@ def _accelerated(cls: type[nn.Module]) -> type[nn.Module]:
             family.factors(self, hidden_states) if self.training else (None, None, None),
             pool_size=pool_size(parts.pool),
             act=activation_name(parts.act) or parts.act,
+            save_hidden=getattr(self, _SAVE_HIDDEN),
             backend=getattr(self, _BACKEND),
+            stats=stats,
+            return_stats=return_stats,
         )
-        return (result,) if family.returns_tuple else result
+        return (result,) if family.returns_tuple and not return_stats else result
 
-    def reduce_ex(self: nn.Module, protocol: Any) -> Any:
-        return _rebuild, (cls,), self.__dict__
-
-    members = {"forward": forward, "__reduce_ex__": reduce_ex, "_poolformer_original": cls}
-    members |= {
-        "__module__": cls.__module__,
-        "__qualname__": cls.__qualname__,
-        "__doc__": cls.__doc__,
-    }
-    return type(cls.__name__, (cls,), members)
+    return with_forward(cls, forward, _rebuild)
 
 
 def _rebuild(cls: Any) -> nn.Module:
     """An empty accelerated block, for pickle and deepcopy to fill."""
-    return _accelerated(cls).__new__(_accelerated(cls))
+    return cls.__new__(_accelerated(cls))

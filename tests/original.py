@@ -100,4 +100,4 @@ class PoolFormer(nn.Module):
 
 def original_poolformer(drop_path: float = 0.0) -> PoolFormer:
     """A small one."""
-    return PoolFormer([1, 1, 2, 1], [8, 16, 24, 32], 5, drop_path)
+    return PoolFormer([1, 2, 3, 2], [8, 16, 24, 32], 5, drop_path)

@@ -11,67 +11,21 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.utils.prune
+from accelerated import (
+    BLOCKS,
+    SOURCES,
+    first_block,
+    hugging_face,
+    logits,
+    loss_and_gradients,
+    make,
+    make_again,
+    own,
+)
 from cases import BACKENDS
-from original import original_poolformer
 from torch import Tensor, nn
 
 import poolformer_kernels as pk
-
-WIDTHS, DEPTHS = [8, 16, 24, 32], [1, 1, 2, 1]
-BLOCKS = sum(DEPTHS)
-
-
-def hugging_face(drop_path: float = 0.0, **config: Any) -> nn.Module:
-    transformers = pytest.importorskip("transformers")
-    config = {"hidden_sizes": WIDTHS, "depths": DEPTHS, "num_labels": 5, **config}
-    return transformers.PoolFormerForImageClassification(
-        transformers.PoolFormerConfig(drop_path_rate=drop_path, **config)
-    )
-
-
-def timm(drop_path: float = 0.0) -> nn.Module:
-    metaformer = pytest.importorskip("timm.models.metaformer")
-    return metaformer.MetaFormer(
-        depths=DEPTHS,
-        dims=WIDTHS,
-        token_mixers=metaformer.Pooling,
-        mlp_act=nn.GELU,
-        mlp_bias=True,
-        norm_layers=metaformer.GroupNorm1,
-        layer_scale_init_values=1e-5,
-        res_scale_init_values=None,
-        use_mlp_head=False,
-        num_classes=5,
-        drop_path_rate=drop_path,
-        downsample_norm=None,
-    )
-
-
-def own(drop_path: float = 0.0) -> nn.Module:
-    config = pk.PoolFormerConfig(
-        hidden_sizes=WIDTHS, depths=DEPTHS, num_labels=5, drop_path_rate=drop_path
-    )
-    return pk.PoolFormerForImageClassification(config)
-
-
-SOURCES = [hugging_face, timm, original_poolformer, own]
-
-
-def make(source: Any, drop_path: float = 0.0) -> nn.Module:
-    """A model whose scales hide no error of a block."""
-    model = source(drop_path)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "layer_scale" in name:
-                parameter.uniform_(0.5, 1.0)
-            elif "norm" in name or parameter.dim() == 1:
-                parameter.add_(0.3 * torch.randn_like(parameter))
-    return model.eval()
-
-
-def logits(model: nn.Module, x: Tensor) -> Tensor:
-    y = model(x)
-    return y if isinstance(y, Tensor) else y.logits
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -94,13 +48,6 @@ def test_same_results_and_gradients_as_before(source: Any, train: bool, backend:
     assert all(torch.equal(model.state_dict()[name], state[name]) for name in state)
 
 
-def loss_and_gradients(model: nn.Module, x: Tensor) -> list[Tensor]:
-    torch.manual_seed(7)
-    result = logits(model, x)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return [result.detach(), *torch.autograd.grad(result.square().mean(), parameters)]
-
-
 @pytest.mark.parametrize("source", SOURCES)
 def test_the_same_seed_drops_the_same_images(source: Any) -> None:
     x = torch.randn(8, 3, 32, 32)
@@ -114,15 +61,33 @@ def test_the_same_seed_drops_the_same_images(source: Any) -> None:
     assert torch.equal(torch.get_rng_state(), state), "another number of random draws than eager"
 
 
+@pytest.mark.parametrize("source", SOURCES)
+def test_save_hidden_reaches_every_mlp(source: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def spy(*args: Any, save_hidden: bool = False, **options: Any) -> Any:
+        seen.append(save_hidden)
+        return pk.mlp(*args, save_hidden=save_hidden, **options)
+
+    monkeypatch.setattr(pk.modules, "mlp", spy)
+    model, x = make(source), torch.randn(1, 3, 32, 32)
+    for expected in (True, False):
+        logits(pk.accelerate(model, save_hidden=expected), x)
+        assert seen == [expected] * BLOCKS
+        seen.clear()
+
+
 @pytest.mark.parametrize("source", SOURCES[:3])
 def test_restore_gives_the_model_back(source: Any) -> None:
     model = make(source)
-    classes = [type(m) for m in model.modules()]
+    classes, shown = [type(m) for m in model.modules()], repr(model)
     attributes = [set(m.__dict__) for m in model.modules()]
     x = torch.randn(1, 3, 32, 32)
     before = logits(model, x)
     pk.accelerate(model, "torch")
-    assert [type(m) for m in model.modules()] != classes
+    changed = [type(m) for m in model.modules()]
+    assert changed != classes and repr(model) == shown
+    assert all(issubclass(a, b) for a, b in zip(changed, classes, strict=True))
     assert pk.restore(model) is model
     assert [type(m) for m in model.modules()] == classes
     assert [set(m.__dict__) for m in model.modules()] == attributes
@@ -165,16 +130,6 @@ def test_half_and_channels_last(source: Any, backend: str) -> None:
         assert ours.dtype == dtype
         error = (ours.double() - exact).norm()
         assert error <= 2 * (eager.double() - exact).norm() + torch.finfo(dtype).eps * exact.norm()
-
-
-def make_again(source: Any) -> nn.Module:
-    torch.manual_seed(11)
-    return make(source)
-
-
-def first_block(model: nn.Module) -> nn.Module:
-    name = (pk.report(model).fused or list(pk.report(model).left))[0]
-    return model.get_submodule(name)
 
 
 def replace_activation(block: nn.Module) -> None:

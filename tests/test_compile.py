@@ -74,7 +74,7 @@ def own() -> torch.nn.Module:
     return pk.PoolFormerForImageClassification(pk.PoolFormerConfig(**SMALL))
 
 
-SMALL = {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1], "num_labels": 5}
+SMALL = {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 2, 1, 1], "num_labels": 5}
 
 
 @pytest.mark.slow

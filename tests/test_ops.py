@@ -77,6 +77,22 @@ def test_gradcheck(op: str, layout: str, backend: str) -> None:
     )
 
 
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("op", OPS)
+def test_a_second_derivative_is_an_error_that_names_the_backend_that_has_it(
+    op: str, backend: str
+) -> None:
+    x, params, options = setup(op, CASES[1], "nchw", torch.float32)
+    x.requires_grad_()
+    y = getattr(pk, op)(x, *params, backend=backend, **options)
+    (dx,) = torch.autograd.grad(y, x, torch.ones_like(y), create_graph=True)
+    with pytest.raises(RuntimeError, match=rf"{op}: .* with backend \"torch\""):
+        torch.autograd.grad(dx.square().sum(), x)
+    y = getattr(pk, op)(x, *params, backend="torch", **options)
+    (dx,) = torch.autograd.grad(y, x, torch.ones_like(y), create_graph=True)
+    torch.autograd.grad(dx.square().sum(), x)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_dbeta_of_pool_mixer_is_zeros(backend: str) -> None:
     x, params, options = setup("pool_mixer", CASES[0], "nchw", torch.float32)

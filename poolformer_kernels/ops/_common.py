@@ -86,6 +86,28 @@ def finish_backward(x: Tensor, grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return empty_like_op_output(x).copy_(dx), *dense
 
 
+class _Once(torch.autograd.Function):
+    """Gradients as they are; the gradient of them is an error."""
+
+    @staticmethod
+    def forward(ctx: Any, op: str, count: int, *tensors: Tensor | None) -> Any:
+        ctx.op = op
+        return tuple(None if t is None else t.view_as(t) for t in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(
+            f"{ctx.op}: this gradient was computed by a kernel and cannot be differentiated again. "
+            'For second derivatives (create_graph=True) run the forward with backend "torch": '
+            'use_backend("torch"), or accelerate(model, "torch").'
+        )
+
+
+def once(op: str, grads: tuple[Tensor | None, ...], *inputs: Tensor | None) -> Any:
+    """`grads` of `op`, which depend on `inputs`; differentiating them raises a clear error."""
+    return _Once.apply(op, len(grads), *grads, *inputs) if torch.is_grad_enabled() else grads
+
+
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether autograd has to record a call with these arguments."""
     if torch.is_grad_enabled():

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import reference
 from ..backends import resolve
@@ -76,19 +75,19 @@ class GroupNormFunction(torch.autograd.Function):
         ctx.has_bias, ctx.backend = bias is not None, backend
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if dy is None:
             return (None,) * 7
         x, saved, weight = ctx.saved_tensors
-        dx, dweight, dbias = _backward_op(dy, x, saved, weight, ctx.backend)
-        return (
+        with torch.no_grad():
+            dx, dweight, dbias = _backward_op(dy, x, saved, weight, ctx.backend)
+        grads = (
             dx,
             None,
             None if weight is None else dweight,
             dbias if ctx.has_bias else None,
-            *(None,) * 3,
         )
+        return *common.once("group_norm", grads, dy, x, weight), *(None,) * 3
 
 
 def group_norm(

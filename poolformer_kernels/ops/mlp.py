@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import reference
 from ..backends import resolve
@@ -110,14 +109,15 @@ class MlpFunction(torch.autograd.Function):
         ctx.act, ctx.backend = inputs[11], inputs[16]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dz: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if dz is None:
             return (None,) * 17
         x, saved, hidden, *tensors = ctx.saved_tensors
-        dx, *grads = _backward_op(dz, x, saved, hidden, *tensors, ctx.act, ctx.backend)
-        given = (None if t is None else grad for t, grad in zip(tensors[:7], grads, strict=True))
-        return dx, None, *given, *(None,) * 8
+        parameters = tensors[:7]
+        with torch.no_grad():
+            dx, *grads = _backward_op(dz, x, saved, hidden, *tensors, ctx.act, ctx.backend)
+        given = (None if t is None else grad for t, grad in zip(parameters, grads, strict=True))
+        return *common.once("mlp", (dx, None, *given), dz, x, *parameters), *(None,) * 8
 
 
 def mlp(

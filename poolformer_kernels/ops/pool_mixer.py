@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import reference
 from ..backends import resolve
@@ -98,22 +97,23 @@ class PoolMixerFunction(torch.autograd.Function):
         ctx.pool_size, ctx.backend = pool_size, backend
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if dy is None:
             return (None,) * 11
         x, saved, norm_weight, norm_bias, layer_scale, drop_path = ctx.saved_tensors
-        dx, dnorm_weight, dlayer_scale = _backward_op(
-            dy, x, saved, norm_weight, layer_scale, drop_path, ctx.pool_size, ctx.backend
-        )
-        return (
-            None if norm_bias is None else torch.zeros_like(norm_bias),
+        with torch.no_grad():
+            dx, dnorm_weight, dlayer_scale = _backward_op(
+                dy, x, saved, norm_weight, layer_scale, drop_path, ctx.pool_size, ctx.backend
+            )
+            dnorm_bias = None if norm_bias is None else torch.zeros_like(norm_bias)
+        grads = (
+            dnorm_bias,
             dx,
             None,
             None if norm_weight is None else dnorm_weight,
             None if layer_scale is None else dlayer_scale,
-            *(None,) * 6,
         )
+        return *common.once("pool_mixer", grads, dy, x, norm_weight, layer_scale), *(None,) * 6
 
 
 def pool_mixer(

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ...modules import GroupNorm, PoolFormerBlock, shares_stats
-from ...ops._common import canonical_act, is_autocast, needs_grad
+from ...modules import GroupNorm, PoolFormerBlock
+from ...ops._common import is_autocast
+from ...stages import links
 from .configuration import PoolFormerConfig
 from .losses import classification_loss
 from .outputs import BaseModelOutput, ImageClassifierOutput
@@ -74,33 +75,14 @@ class PoolFormerEncoder(nn.Module):
             stages.append(x)
         return tuple(stages)
 
-    def _run_blocks(self, modules: Iterable[nn.Module], x: Tensor) -> Tensor:
-        blocks: list[Any] = list(modules)
+    def _run_blocks(self, blocks: nn.ModuleList, x: Tensor) -> Tensor:
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             for block in blocks:
                 x = checkpoint(block, x, use_reentrant=False)
             return x
-        if not self._shares_stats(blocks, x):
-            for block in blocks:
-                x = block(x)
-            return x
-        stats = None
-        for block in blocks[:-1]:
-            x, stats = block(x, stats, return_stats=True)
-        return blocks[-1](x, stats)
-
-    def _shares_stats(self, blocks: list[Any], x: Tensor) -> bool:
-        """Whether blocks hand on the statistics of what they return. Hooks see plain tensors."""
-        if len(blocks) < 2 or not all(
-            type(block) is PoolFormerBlock
-            and block.before_norm.num_groups == blocks[0].before_norm.num_groups
-            and block.backend == blocks[0].backend
-            and not block._forward_hooks
-            for block in blocks
-        ):
-            return False
-        grad = needs_grad(x, next(blocks[0].parameters()))
-        return shares_stats(x, canonical_act(blocks[0].hidden_act), grad, blocks[0].backend)
+        for part in links(blocks):
+            x = part(x)
+        return x
 
 
 class PoolFormerModel(PoolFormerPreTrainedModel):
@@ -169,7 +151,7 @@ class PoolFormerModel(PoolFormerPreTrainedModel):
                 f"pixel_values has shape {shape}; H and W have to be at least {smallest}, or a "
                 "stage is left without a pixel. Enlarge the images."
             )
-        weight = next(self.parameters())
+        weight = next(self.parameters(), pixel_values)  # DataParallel's replicas have none
         if not pixel_values.is_floating_point():
             raise TypeError(
                 f"pixel_values is {pixel_values.dtype}; it has to be floating point. Preprocess "
@@ -248,7 +230,7 @@ class PoolFormerBackbone(PoolFormerPreTrainedModel):
         channels, strides: of each map.
         out_norms: a GroupNorm each; "norm0", "norm2", "norm4", "norm6" in the original. A
             checkpoint of a classifier has none of them: they then start as the identity on
-                normalised features.
+            normalised features.
 
     Source: sail-sg/poolformer, models/poolformer.py with fork_feat=True.
     """
