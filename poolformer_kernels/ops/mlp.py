@@ -62,9 +62,9 @@ def _fake_backward(
 ) -> tuple[Tensor, ...]:
     parameters, channels = args[:7], x.shape[1]
     units = parameters[2].shape[0]
-    shapes = (channels, channels, parameters[2].shape, units, parameters[4].shape, channels)
+    products = (parameters[2].shape, units, parameters[4].shape)
+    shapes = (channels, channels, *products, channels, channels)
     likes = (x if p is None else p for p in parameters)
-    shapes = (*shapes, channels)
     grads = (like.new_empty(shape) for like, shape in zip(likes, shapes, strict=True))
     return common.empty_like_op_output(x), *grads
 
