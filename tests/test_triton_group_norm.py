@@ -14,7 +14,8 @@ from poolformer_kernels import reference
 pytest.importorskip("triton")
 
 import triton_checks as checks
-import triton_compile
+
+from benchmarks import ahead_of_time
 
 OP = "group_norm"
 BF16 = torch.bfloat16
@@ -108,29 +109,10 @@ def recorded(shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> list:
     if layout == "channels_last":
         x = x.to(memory_format=torch.channels_last)
     params = [torch.empty(shape[1], dtype=dtype, device="meta")] * 2
-    with triton_compile.recorded() as launches:
+    with ahead_of_time.recorded() as launches:
         _, saved, *_ = checks.forward(OP, case, x, params, {})
         checks.backward(OP, case, torch.empty_like(x), x, saved, params, {})
     return launches
-
-
-WIDTHS = [(64, 56), (96, 56), (320, 14), (512, 7)]
-
-
-@pytest.mark.compile
-@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
-@pytest.mark.parametrize("target", triton_compile.TARGETS)
-def test_compiles_without_spills(target: str, dtype: torch.dtype) -> None:
-    seen = set()
-    for channels, size in WIDTHS:
-        for launch in recorded((256, channels, size, size), "channels_last", dtype):
-            if launch.compiles_as not in seen:
-                seen.add(launch.compiles_as)
-                code = triton_compile.assert_fits(launch, target)
-                if target.startswith("sm_") and "x" in dict(launch.signature):
-                    assert "ld.global.v4.b32" in code.assembly, f"{launch.name}: narrow loads"
-    for launch in recorded((256, 64, 56, 56), "nchw", dtype):
-        triton_compile.assert_fits(launch, target)
 
 
 def test_offsets_of_tensors_beyond_2_to_the_31_are_64_bit() -> None:
@@ -139,9 +121,9 @@ def test_offsets_of_tensors_beyond_2_to_the_31_are_64_bit() -> None:
         assert len(launches) == 5
         for launch in launches:
             names = {"x", "y", "dy", "dx"} & dict(launch.signature).keys()
-            code = triton_compile.compiled(launch, "sm_80")
+            code = ahead_of_time.compiled(launch, "sm_80")
             if names:
-                types = triton_compile.offsets_of(code, tuple(sorted(names)))
+                types = ahead_of_time.offsets_of(code, tuple(sorted(names)))
                 assert types == {"i64"}, f"{launch.name}: {types}"
 
 

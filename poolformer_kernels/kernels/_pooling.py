@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import torch
 import triton
 import triton.language as tl
 
 from ._common import VECTOR_BYTES, ceil_div, next_power_of_2, per_channel, per_image
+from .architecture import is_amd, warps_for
 
-MOST_WARPS = 4
+MOST_THREADS = 128
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Tile:
     rows: int
     columns: int
     channels: int
-    warps: int
+    threads: int
 
     def taller(self, times: int, height: int) -> Tile:
         """`times` as many rows, but not more than there are."""
@@ -46,12 +46,12 @@ def choose_tile(
     """The tile of the kernels that write a tensor.
 
     channels_last: as many channels as divide the group's, 32 to 128, so that C = 96, 192, 320 waste
-    no lane and every row of a tile is whole 64-byte pieces; columns until each thread of 4 warps
-    has one 16-byte vector. NCHW: up to 64 columns, which lie side by side; accesses are narrow
-    there, and more than four elements a thread spill. Four rows, so that the two rows of halo
-    (which come from the cache) and the programs of a batch of 1 balance.
+    no lane and every row of a tile is whole 64-byte pieces; columns until each of 128 threads has
+    one 16-byte vector. NCHW: up to 64 columns, which lie side by side; accesses are narrow there,
+    and more than four elements a thread spill. Four rows, so that the two rows of halo (which come
+    from the cache) and the programs of a batch of 1 balance.
     """
-    lanes = MOST_WARPS * 32 * VECTOR_BYTES // (itemsize if channels_last else 4)
+    lanes = MOST_THREADS * VECTOR_BYTES // (itemsize if channels_last else 4)
     if channels_last:
         channels = min(group_channels & -group_channels, 128)
         if channels < 32:  # odd widths: mask
@@ -60,16 +60,15 @@ def choose_tile(
     else:
         columns = min(next_power_of_2(width), 64)
         channels = min(next_power_of_2(group_channels), max(lanes // columns, 1))
-    warps = max(1, min(MOST_WARPS, MOST_WARPS * columns * channels // lanes))
-    return Tile(min(4, height), columns, channels, warps)
+    threads = max(32, min(MOST_THREADS, MOST_THREADS * columns * channels // lanes))
+    return Tile(min(4, height), columns, channels, threads)
 
 
 def options(tile: Tile) -> dict[str, int]:
     """How the kernels are compiled for `tile`."""
-    if torch.version.hip is not None:
-        return {"num_warps": tile.warps}
+    warps = {"num_warps": warps_for(tile.threads)}
     # Left to itself, ptxas stops at 96 registers and spills two to four of them.
-    return {"num_warps": tile.warps, "maxnreg": 128}
+    return warps if is_amd() else {**warps, "maxnreg": 128}
 
 
 @triton.jit

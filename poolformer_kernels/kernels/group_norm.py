@@ -32,9 +32,10 @@ from ._common import (
     sum_of_products,
     sum_of_rows,
 )
+from .architecture import warps_for
 from .statistics import statistics
 
-WARPS = 4
+THREADS = 128
 # A block that is written: a 16-byte vector of 16 bits, or two of float32, in each thread. Twice
 # that spills where weights are gathered.
 BLOCK = 1024
@@ -210,7 +211,7 @@ def forward(
             ONE_GROUP=num_groups == 1,
             MERGED=MERGED_AT_ONCE,
             BLOCK=BLOCK,
-            num_warps=WARPS,
+            num_warps=warps_for(THREADS),
         )
     return y, saved
 
@@ -223,7 +224,7 @@ def reducing_tile(
     What lies side by side gets up to 64 lanes, the rest what makes 1024 elements; as many steps as
     leave enough programs to fill a GPU.
     """
-    lanes = 4 * 32 * VECTOR_BYTES // 2
+    lanes = THREADS * VECTOR_BYTES // 2
     if channels_last:
         wide = min(next_power_of_2(group_channels), 64)
         tall = min(next_power_of_2(positions), lanes // wide)
@@ -268,7 +269,7 @@ def backward(
                 CHANNELS_LAST=channels_last,
                 POSITIONS=tall,
                 CHANNELS=wide,
-                num_warps=WARPS,
+                num_warps=warps_for(THREADS),
             )
             apply_kernel[(batch * num_groups * ceil_div(size, BLOCK),)](
                 dy,
@@ -286,7 +287,7 @@ def backward(
                 ONE_GROUP=num_groups == 1,
                 MERGED=MERGED_AT_ONCE,
                 BLOCK=BLOCK,
-                num_warps=WARPS,
+                num_warps=warps_for(THREADS),
             )
         parameters_kernel[(ceil_div(channels, SUMMED_CHANNELS),)](
             channel_sums,

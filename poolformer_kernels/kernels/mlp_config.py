@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from ._common import ceil_div, next_power_of_2
+from .architecture import architecture, is_amd
 
-FUSED_CHANNELS = 192
 PROGRAMS = 264  # two for each multiprocessor of an H100: what weight gradients are split into
 VECTOR_BLOCK = 128  # channels, or hidden units, of a program that only sums vectors
 
 
 def _options(warps: int, stages: int, registers: int = 0) -> dict[str, int]:
     options = {"num_warps": warps, "num_stages": stages}
-    if registers and torch.version.hip is None:
+    if registers and not is_amd():
         options["maxnreg"] = registers
     return options
 
@@ -40,22 +41,6 @@ class GemmConfig:
         return ceil_div(rows, self.rows) * ceil_div(columns, self.columns)
 
 
-def gemm_config(rows: int, columns: int, dtype: torch.dtype) -> GemmConfig:
-    """The tile of a product whose result is (rows of an image, columns).
-
-    Images of 8 × 8 and smaller would half fill 128 rows. 128 columns only where they divide the
-    width: 320 is five times 64. float32 runs on FMA units, whose operands want registers too: 64
-    columns spill, and left to itself ptxas stops at 80 registers and spills all the same.
-    """
-    if dtype == torch.float32:
-        return GemmConfig(64, 32, 16, 8, 2, 128)
-    if rows <= 64:
-        return GemmConfig(64, 64, 32, 4, 3)
-    if columns % 128 == 0:
-        return GemmConfig(128, 128, 32, 8, 3)
-    return GemmConfig(128, 64, 32, 4, 3)
-
-
 @dataclass(frozen=True)
 class FusedConfig:
     """Tile of the fused forward: rows, and hidden units at a time; channels in two parts."""
@@ -64,7 +49,7 @@ class FusedConfig:
     hidden: int
     warps: int
     stages: int
-    parts: tuple[int, int]
+    parts: tuple[int, int] = (0, 0)
 
     @property
     def options(self) -> dict[str, int]:
@@ -74,6 +59,114 @@ class FusedConfig:
     def partials(self) -> int:
         """Partial statistics of a program."""
         return 2 if self.parts[1] else 1
+
+
+# How to read these tables: for each situation the tile of "any" architecture, and of those where
+# another one is better, each with its reason. None spills, in any dtype and layout: see
+# benchmarks/results/resources.csv. `python -m benchmarks.tune` measures them on the GPU at hand.
+Tiles = dict[str, Any]  # by architecture
+
+# By the most channels. Each tile reads all weights, so more rows mean fewer reads from L2. The
+# sums take rows · C registers, the hidden chunk with its operands most of the rest.
+FUSED: dict[int, Tiles] = {
+    64: {
+        "any": FusedConfig(128, 64, 8, 2),  # 256 rows spill
+        "sm_100": FusedConfig(128, 32, 8, 2),  # 128 registers: two blocks; 64 units spill
+    },
+    96: {
+        "any": FusedConfig(128, 16, 8, 2),  # 32 units spill on sm_120, and cost sm_100 a block
+        "sm_80": FusedConfig(128, 32, 8, 2),  # one block with either; half the barriers
+        "sm_90": FusedConfig(128, 64, 8, 2),  # wgmma's operands stay in shared memory: they fit
+    },
+    128: {
+        "any": FusedConfig(64, 64, 4, 2),  # 128 rows leave registers for 16 units only
+        "sm_90": FusedConfig(128, 64, 8, 2),  # as many warps as two of 64 rows; half the reads
+        "sm_100": FusedConfig(128, 64, 8, 2),  # the same
+        "sm_120": FusedConfig(128, 16, 8, 2),  # with 64 units 57 KB: a single block of 4 warps
+    },
+    192: {
+        "any": FusedConfig(64, 16, 8, 2),  # all the registers that there are
+        "sm_80": FusedConfig(128, 16, 8, 2),  # one block with either; half the reads
+        "sm_90": FusedConfig(128, 16, 8, 2),  # the same; 32 units spill with NCHW
+        "sm_100": FusedConfig(128, 32, 8, 2),  # as many warps as two blocks of 64 rows
+        "sm_120": None,  # 64 rows spill; 32 read more weights than two products read hidden
+    },
+}
+
+# The same where x is float32 and the products are not (autocast): a tile of x takes twice the
+# registers while it is read or written.
+FUSED_MIXED: dict[int, Tiles] = {
+    128: FUSED[128] | {"sm_100": FusedConfig(128, 32, 8, 2)},  # 64 units spill
+    192: {  # 128 rows spill
+        "any": FusedConfig(64, 16, 8, 2),
+        "sm_80": FusedConfig(64, 16, 8, 3),  # 8 bytes spill with two stages
+        "sm_90": FusedConfig(64, 32, 8, 2),  # half the barriers
+        "sm_100": FusedConfig(64, 32, 8, 2),  # the same
+        "sm_120": None,
+    },
+}
+
+# Products with an epilogue.
+PRODUCT: dict[str, Tiles] = {
+    # FMA units, whose operands want registers too: 64 columns spill, and left to itself ptxas stops
+    # at 80 registers and spills all the same.
+    "float32": {"any": GemmConfig(64, 32, 16, 8, 2, 128)},
+    "small image": {"any": GemmConfig(64, 64, 32, 4, 3)},  # 128 rows would be half empty
+    "128 | columns": {"any": GemmConfig(128, 128, 32, 8, 3)},  # depth 64 costs fc1 a block
+    "NCHW": {
+        # Rows of 14² are not aligned: an address for each element, so at most 32 of them a thread.
+        "any": GemmConfig(128, 64, 32, 8, 3),
+        "sm_90": GemmConfig(128, 64, 64, 8, 3),  # as in "64 columns"
+        "sm_100": GemmConfig(128, 64, 64, 8, 3),
+    },
+    "64 columns": {
+        "any": GemmConfig(128, 64, 32, 4, 3),
+        # Rows of 128 bytes, the widest that wgmma and tcgen05 read; still two blocks.
+        "sm_90": GemmConfig(128, 64, 64, 8, 3),
+        "sm_100": GemmConfig(128, 64, 64, 8, 3),
+    },
+}
+
+# Two sums a tile (h and its gradient), two operands each: half of PRODUCT's columns.
+HIDDEN_GRADIENT: dict[str, Tiles] = {
+    "float32": {"any": GemmConfig(64, 32, 16, 8, 2)},
+    "small image": {"any": GemmConfig(64, 64, 32, 4, 3)},
+    "large image": {
+        "any": GemmConfig(128, 64, 32, 8, 3),
+        # One block with either depth: half the barriers.
+        "sm_90": GemmConfig(128, 64, 64, 8, 3),  # 148 KB
+        "sm_100": GemmConfig(128, 64, 64, 8, 3),  # 115 KB
+    },
+}
+
+# rows: hidden units; columns: channels; depth: pixels. Two sums a tile. The same everywhere: larger
+# tiles would mean more parts for as many programs, which are written and read in float32.
+WEIGHT_GRADIENT: dict[str, Tiles] = {
+    "float32": {"any": GemmConfig(32, 32, 16, 4, 2)},  # FMA units, as above
+    "16 bits": {"any": GemmConfig(64, 64, 32, 4, 3)},
+}
+
+
+def _here(tiles: Tiles) -> Any:
+    """The entry for the architecture that tiles are chosen for."""
+    return tiles.get(architecture(), tiles["any"])
+
+
+def gemm_config(
+    rows: int, columns: int, dtype: torch.dtype, channels_last: bool = True
+) -> GemmConfig:
+    """The tile of a product whose result is (rows of an image, columns).
+
+    channels_last: whether the columns of a row lie side by side.
+    """
+    if dtype == torch.float32:
+        return _here(PRODUCT["float32"])
+    if rows <= 64:  # 8 × 8 and smaller would half fill 128 rows
+        return _here(PRODUCT["small image"])
+    if not channels_last:
+        return _here(PRODUCT["NCHW"])
+    # 128 columns only where they divide the width: 320 is five times 64.
+    return _here(PRODUCT["128 | columns" if columns % 128 == 0 else "64 columns"])
 
 
 def _two_parts(channels: int) -> tuple[int, int]:
@@ -88,34 +181,33 @@ def fused_config(channels: int, num_groups: int, dtype: torch.dtype) -> FusedCon
     """The tile of the fused forward; None where two products are the better plan.
 
     Above 192 channels the weights that each tile of rows reads from L2 cost more than the hidden
-    in memory. float32 tiles with exact products do not fit the registers. Sums take rows · C
-    registers, the hidden chunk and its operands most of the rest: more rows mean fewer reads of
-    the weights, and these are the most that spill nowhere from sm_80 to sm_120.
+    in memory. float32 tiles with exact products do not fit the registers.
     """
-    if channels > FUSED_CHANNELS or num_groups > 1 or dtype == torch.float32:
+    return fused_mixed_config(channels, num_groups, dtype, dtype)
+
+
+def fused_mixed_config(
+    channels: int, num_groups: int, dtype: torch.dtype, x_dtype: torch.dtype
+) -> FusedConfig | None:
+    """`fused_config` of an x in `x_dtype` with products in `dtype`."""
+    most = next((most for most in FUSED if channels <= most), None)
+    if most is None or num_groups > 1 or dtype == torch.float32:
         return None
-    parts = _two_parts(channels)
-    if channels <= 64:
-        return FusedConfig(128, 32, 8, 2, parts)
-    if channels <= 96:
-        return FusedConfig(128, 16, 8, 2, parts)
-    if channels <= 128:
-        return FusedConfig(64, 64, 4, 2, parts)
-    return FusedConfig(64, 16, 8, 2, parts)
+    table = FUSED if x_dtype == dtype else FUSED | FUSED_MIXED
+    tile = _here(table[most])
+    return None if tile is None else replace(tile, parts=_two_parts(channels))
 
 
 def hidden_gradient_config(rows: int, dtype: torch.dtype) -> GemmConfig:
-    """Two sums a tile (h and its gradient) and two operands each: half of gemm_config's columns."""
+    """The tile of h and its gradient: (rows of an image, hidden units)."""
     if dtype == torch.float32:
-        return GemmConfig(64, 32, 16, 8, 2)
-    return GemmConfig(64, 64, 32, 4, 3) if rows <= 64 else GemmConfig(128, 64, 32, 8, 3)
+        return _here(HIDDEN_GRADIENT["float32"])
+    return _here(HIDDEN_GRADIENT["small image" if rows <= 64 else "large image"])
 
 
 def weight_gradient_config(dtype: torch.dtype) -> GemmConfig:
-    """rows: hidden units; columns: channels; depth: pixels. Two sums a tile."""
-    if dtype == torch.float32:
-        return GemmConfig(32, 32, 16, 4, 2)
-    return GemmConfig(64, 64, 32, 4, 3)
+    """rows: hidden units; columns: channels; depth: pixels."""
+    return _here(WEIGHT_GRADIENT["float32" if dtype == torch.float32 else "16 bits"])
 
 
 def split(batch: int, rows: int, hidden: int, channels: int, dtype: torch.dtype) -> tuple[int, int]:

@@ -8,10 +8,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import ceil_div, on_device_of, store_partial, sum_of_products
+from .architecture import warps_for
 
 # A chunk stays in registers between its mean and its M2: 32 float32 values in each of 128 threads.
 CHUNK = 4096
-WARPS = 4
+THREADS = 128
 MOST_PARTIALS = 256  # of an image and group, so that merging them costs less than a tile of work
 
 
@@ -78,6 +79,6 @@ def statistics(x: Tensor, num_groups: int, channels_last: bool) -> Tensor:
                 chunks,
                 CONTIGUOUS=num_groups == 1 or not channels_last,
                 CHUNK=CHUNK,
-                num_warps=WARPS,
+                num_warps=warps_for(THREADS),
             )
     return stats
