@@ -143,13 +143,19 @@ struct Moments {
   }
 };
 
+void check_backend(const char* op, const std::string& backend) {
+  TORCH_CHECK_VALUE(backend == "cpu", op, ": the tensors are on the CPU and backend is '", backend,
+                    "'; this op runs backend 'cpu' there.");
+}
+
 Tensor no_stats(const Tensor& x) { return at::empty({0}, x.options().dtype(accumulate_type(x))); }
 
 std::tuple<Tensor, Tensor> group_norm_fwd(const Tensor& x, const OptionalTensor& stats,
                                           const OptionalTensor& weight, const OptionalTensor& bias,
                                           int64_t num_groups, double eps, std::string backend) {
   const char* op = "group_norm";
-  check_input(op, x, num_groups, eps, backend);
+  check_backend(op, backend);
+  check_input(op, x, num_groups, eps);
   check_parameter(op, "weight", weight, {x.size(1)}, x);
   check_parameter(op, "bias", bias, {x.size(1)}, x);
   check_stats(op, stats, num_groups, x);
@@ -175,9 +181,9 @@ std::tuple<Tensor, Tensor, Tensor> pool_mixer_fwd(const Tensor& x, const Optiona
                                                   int64_t pool_size, int64_t num_groups, double eps,
                                                   bool return_stats, std::string backend) {
   const char* op = "pool_mixer";
-  check_input(op, x, num_groups, eps, backend);
-  TORCH_CHECK_VALUE(pool_size > 0 && pool_size % 2 == 1, op, ": pool_size is ", pool_size,
-                    "; it has to be odd and positive.");
+  check_backend(op, backend);
+  check_input(op, x, num_groups, eps);
+  check_pool_size(op, pool_size);
   check_parameter(op, "norm_weight", norm_weight, {x.size(1)}, x);
   check_parameter(op, "layer_scale", layer_scale, {x.size(1)}, x);
   check_factor(op, "drop_path", drop_path, x);
@@ -208,7 +214,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mlp_fwd(
     const OptionalTensor& drop_path, const OptionalTensor& hidden_drop_path, std::string act,
     int64_t num_groups, double eps, bool return_stats, bool save_hidden, std::string backend) {
   const char* op = "mlp";
-  check_input(op, x, num_groups, eps, backend);
+  check_backend(op, backend);
+  check_input(op, x, num_groups, eps);
   int64_t channels = x.size(1), hidden = fc1_weight.dim() ? fc1_weight.size(0) : 0;
   TORCH_CHECK_VALUE(hidden > 0, op, ": fc1_weight has shape ", fc1_weight.sizes(),
                     "; it has to be (hidden, ", channels, ") with hidden >= 1.");

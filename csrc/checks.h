@@ -1,11 +1,10 @@
-// Checks of the arguments of the CPU ops: called directly with anything, they fail and never read
-// outside a tensor. Only dense CPU tensors get here: the dispatcher sends others elsewhere.
+// Checks of the arguments of the C++ ops: called directly with anything, they fail and never read
+// outside a tensor.
 #pragma once
 
 #include <ATen/ATen.h>
 
 #include <optional>
-#include <string>
 
 namespace poolformer {
 
@@ -17,10 +16,7 @@ inline at::ScalarType accumulate_type(const Tensor& x) {
   return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
-inline void check_input(const char* op, const Tensor& x, int64_t num_groups, double eps,
-                        const std::string& backend) {
-  TORCH_CHECK_VALUE(backend == "cpu", op, ": the tensors are on the CPU and backend is '", backend,
-                    "'; this op runs backend 'cpu' there.");
+inline void check_input(const char* op, const Tensor& x, int64_t num_groups, double eps) {
   TORCH_CHECK_VALUE(x.dim() == 4, op, ": x has shape ", x.sizes(), "; it has to be (B, C, H, W).");
   auto type = x.scalar_type();
   TORCH_CHECK_TYPE(
@@ -35,6 +31,16 @@ inline void check_input(const char* op, const Tensor& x, int64_t num_groups, dou
                     "; it has to be a number that is not negative.");
 }
 
+inline void check_pool_size(const char* op, int64_t pool_size) {
+  TORCH_CHECK_VALUE(pool_size > 0 && pool_size % 2 == 1, op, ": pool_size is ", pool_size,
+                    "; it has to be odd and positive.");
+}
+
+inline void check_device(const char* op, const char* name, const Tensor& t, const Tensor& x) {
+  TORCH_CHECK_VALUE(t.device() == x.device(), op, ": ", name, " is on ", t.device(),
+                    " and x is on ", x.device(), "; move one with .to(device).");
+}
+
 inline void check_parameter(const char* op, const char* name, const OptionalTensor& t,
                             at::IntArrayRef shape, const Tensor& x) {
   if (!t) return;
@@ -42,6 +48,7 @@ inline void check_parameter(const char* op, const char* name, const OptionalTens
                     x.sizes(), " needs ", shape, ".");
   TORCH_CHECK_TYPE(t->scalar_type() == x.scalar_type(), op, ": ", name, " is ", t->scalar_type(),
                    " and x is ", x.scalar_type(), "; convert one of them with .to(dtype).");
+  check_device(op, name, *t, x);
 }
 
 // weight: (rows, columns) or (rows, columns, 1, 1).
@@ -60,6 +67,7 @@ inline void check_factor(const char* op, const char* name, const OptionalTensor&
   TORCH_CHECK_TYPE(t->scalar_type() == x.scalar_type() || t->scalar_type() == at::kFloat, op, ": ",
                    name, " is ", t->scalar_type(), "; it has to be float32 or ", x.scalar_type(),
                    ".");
+  check_device(op, name, *t, x);
 }
 
 // stats: (B, G, P, 3).
@@ -72,6 +80,7 @@ inline void check_stats(const char* op, const OptionalTensor& t, int64_t num_gro
                     num_groups, ", P, 3) with P >= 1.");
   TORCH_CHECK_TYPE(t->scalar_type() == accumulate_type(x), op, ": stats is ", t->scalar_type(),
                    "; it has to be ", accumulate_type(x), ".");
+  check_device(op, "stats", *t, x);
 }
 
 }  // namespace poolformer

@@ -38,22 +38,23 @@ def versions() -> dict[str, Any]:
     }
 
 
-def _run_probe(device: torch.device) -> str:
-    """Runs the extension's CUDA code on `device`: what happened, in a few words."""
+def _try_kernel(device: torch.device) -> str:
+    """Runs a CUDA kernel of the extension on `device`: what happened, in a few words."""
     module = _extension.load()
     if module is None:
         return "no CUDA code: the extension is not loaded"
-    if not hasattr(module, "cuda_probe"):
+    if not hasattr(module, "cuda_architecture"):
         return "no CUDA code in this build"
+    x = torch.arange(64.0).view(1, 4, 4, 4)
     try:
-        out = torch.empty(1000, dtype=torch.int32, device=device)
-        module.cuda_probe(out)
-        got = out.cpu() - torch.arange(1000, dtype=torch.int32)
+        y, _ = module.cuda_group_norm_forward(x.to(device), None, None, None, 1, 1e-5)
+        right = torch.allclose(y.cpu(), torch.group_norm(x, 1), atol=1e-5)
+        architecture = module.cuda_architecture(device.index)
     except RuntimeError as error:
         return f"this build's CUDA code does not run: {str(error).strip().splitlines()[0]}"
-    if got.unique().numel() != 1:
+    if not right:
         return "this build's CUDA code gives wrong results: update the driver, then rebuild"
-    return f"runs this build's code (compiled for {got[0].item() / 10:.1f})"
+    return f"runs this build's code (compiled for {architecture / 10:.1f})"
 
 
 def devices() -> list[dict[str, Any]]:
@@ -64,13 +65,11 @@ def devices() -> list[dict[str, Any]]:
         try:
             name = torch.cuda.get_device_name(device)
             capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
-            probe = _run_probe(device)
+            code = _try_kernel(device)
         except (RuntimeError, AssertionError) as error:
             name, capability = "unknown", "unknown"
-            probe = f"PyTorch cannot use it: {str(error).strip().splitlines()[0]}"
-        found.append(
-            {"device": str(device), "name": name, "capability": capability, "probe": probe}
-        )
+            code = f"PyTorch cannot use it: {str(error).strip().splitlines()[0]}"
+        found.append({"device": str(device), "name": name, "capability": capability, "code": code})
     return found
 
 
@@ -167,7 +166,7 @@ def text(facts: dict[str, Any]) -> str:
         *_extension_lines(facts["extension"]),
     ]
     for d in facts["devices"]:
-        lines.append(f"{d['device']}: {d['name']}, capability {d['capability']}; {d['probe']}")
+        lines.append(f"{d['device']}: {d['name']}, capability {d['capability']}; {d['code']}")
     if not facts["devices"]:
         lines.append("CUDA devices: none")
     lines.append(f"What runs, with backend={facts['requested']!r}:")

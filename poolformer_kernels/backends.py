@@ -43,8 +43,8 @@ def _torch(call: Call) -> str | None:
     return None
 
 
-_TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_CPU_DTYPES = (*_TRITON_DTYPES, torch.float64)
+_GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_CPU_DTYPES = (*_GPU_DTYPES, torch.float64)
 
 
 def _kernel_limits(call: Call, dtypes: tuple[torch.dtype, ...]) -> str | None:
@@ -79,18 +79,40 @@ def _triton(call: Call) -> str | None:
         capability = torch.cuda.get_device_capability()
         if capability < (8, 0):
             return f"it needs compute capability 8.0, and this GPU has {capability}"
-    return _kernel_limits(call, _TRITON_DTYPES)
+    return _kernel_limits(call, _GPU_DTYPES)
 
 
-def _missing(call: Call) -> str | None:
-    return "this version has no kernels for it"
+# The ops that csrc/cuda has kernels for.
+_CUDA_OPS = ("pool_mixer", "group_norm")
+
+
+def _cuda(call: Call) -> str | None:
+    if call.device != "cuda":
+        return f"it runs on NVIDIA GPUs, and this tensor is on {call.device}"
+    if call.op not in _CUDA_OPS:
+        return "this version has no CUDA C++ kernel for it"
+    module = _extension.load()
+    if module is None:
+        return _extension.why_not()
+    if not hasattr(module, "cuda_architecture"):
+        why = (_extension.build_info() or {}).get("why", "of an older build")
+        return f"the extension was built without CUDA kernels ({why})"
+    if torch.cuda.is_available() and not module.cuda_architecture(torch.cuda.current_device()):
+        major, minor = torch.cuda.get_device_capability()
+        built = ", ".join((_extension.build_info() or {}).get("cuda_archs", ()))
+        return (
+            f"none of its kernels, built for {built}, runs on this GPU of compute capability "
+            f"{major}.{minor}: build again with TORCH_CUDA_ARCH_LIST={major}.{minor}, or update "
+            "the driver"
+        )
+    return _kernel_limits(call, _GPU_DTYPES)
 
 
 BACKENDS: dict[str, Callable[[Call], str | None]] = {
     "torch": _torch,
     "cpu": _cpu,
     "triton": _triton,
-    "cuda": _missing,
+    "cuda": _cuda,
 }
 
 

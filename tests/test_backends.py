@@ -20,12 +20,22 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "_resolved", {})
 
 
-def pretend(monkeypatch: pytest.MonkeyPatch, **native: bool) -> None:
-    """An extension is loaded, on a CPU with or without native half-precision products."""
+def pretend(monkeypatch: pytest.MonkeyPatch, **native: Any) -> None:
+    """An extension is loaded, on a CPU with or without native half-precision products.
+
+    cuda: the architecture that its CUDA kernels run for, 0 if none fits, absent without kernels.
+    """
     module = SimpleNamespace(
         native_bf16=lambda: native.get("bf16", False), native_fp16=lambda: native.get("fp16", False)
     )
+    if "cuda" in native:
+        module.cuda_architecture = lambda device: native["cuda"]
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(_extension, "load", lambda: module)
+    record = {"mode": "cpu", "why": "nvcc was not found", "cuda_archs": ["12.0"]}
+    monkeypatch.setattr(_extension, "build_info", lambda: record)
     monkeypatch.setattr(backends, "_has_triton", lambda: native.get("triton", True))
 
 
@@ -88,6 +98,11 @@ AUTO = [
     ({"device": "cuda"}, {}, "triton"),
     ({"device": "cuda", "grad": True, "dtype": torch.bfloat16}, {}, "triton"),
     ({"device": "cuda", "op": "group_norm", "act": None}, {}, "triton"),
+    ({"device": "cuda", "op": "group_norm", "act": None}, {"cuda": 80}, "cuda"),
+    ({"device": "cuda", "op": "pool_mixer", "act": None, "grad": True}, {"cuda": 80}, "cuda"),
+    ({"device": "cuda", "op": "pool_mixer", "act": None}, {"cuda": 80, "triton": False}, "cuda"),
+    ({"device": "cuda", "op": "pool_mixer", "act": None}, {"cuda": 0}, "triton"),
+    ({"device": "cuda"}, {"cuda": 80}, "triton"),
     ({"device": "cuda"}, {"triton": False}, "torch"),
     ({"device": "cuda", "dtype": torch.float64}, {}, "torch"),
     ({"device": "cuda", "autocast": True}, {}, "triton"),
@@ -119,7 +134,12 @@ def test_without_the_extension_auto_moves_on_and_a_name_is_an_error(
         ({"device": "cuda", "backend": "cpu"}, "it runs on CPU tensors, and this one is on cuda"),
         ({"act": "callable", "backend": "cpu"}, "an activation given as a callable"),
         ({"autocast": True, "backend": "cpu"}, "under autocast"),
-        ({"backend": "cuda"}, "this version has no kernels"),
+        ({"backend": "cuda"}, "it runs on NVIDIA GPUs, and this tensor is on cpu"),
+        ({"backend": "cuda", "device": "cuda"}, "this version has no CUDA C\\+\\+ kernel for it"),
+        (
+            {"backend": "cuda", "device": "cuda", "op": "pool_mixer", "act": None},
+            r"built without CUDA kernels \(nvcc was not found\)",
+        ),
         ({"backend": "triton"}, "it runs on GPUs, and this tensor is on cpu"),
         ({"backend": "triton", "device": "cuda", "act": "callable"}, "given as a callable"),
     ],
@@ -130,6 +150,21 @@ def test_a_backend_asked_for_by_name_says_why_it_cannot_run(
     pretend(monkeypatch)
     with pytest.raises(pk.BackendUnavailable, match=reason):
         resolve(**call)
+
+
+@pytest.mark.parametrize(
+    ("cuda", "changes", "reason"),
+    [
+        (0, {}, "built for 12.0, runs on this GPU of compute capability 9.0: build again with"),
+        (80, {"dtype": torch.float64}, "no kernel for torch.float64"),
+    ],
+)
+def test_cuda_kernels_that_do_not_fit_say_so(
+    monkeypatch: pytest.MonkeyPatch, cuda: int, changes: Any, reason: str
+) -> None:
+    pretend(monkeypatch, cuda=cuda)
+    with pytest.raises(pk.BackendUnavailable, match=reason):
+        resolve(**{"op": "pool_mixer", "act": None, "device": "cuda", "backend": "cuda", **changes})
 
 
 def test_explain_has_a_reason_for_every_backend_that_auto_passes_over(

@@ -8,13 +8,20 @@ import cases
 import pytest
 import torch
 from cases import Case
+from kernel_checks import BACKENDS, NO_CUDA, NO_TRITON
 from torch import Tensor
 
 import poolformer_kernels as pk
-from poolformer_kernels import reference
+from poolformer_kernels import modules, reference
 
 pytestmark = pytest.mark.gpu
-OPS = ["pool_mixer", "mlp", "group_norm"]
+# Each op on each backend that has it.
+OPS = [
+    pytest.param(op, *backend.values, marks=backend.marks, id=f"{op}-{backend.values[0]}")
+    for op in ("pool_mixer", "mlp", "group_norm")
+    for backend in BACKENDS
+    if (op, *backend.values) != ("mlp", "cuda")
+]
 CASE = Case((2, 24, 7, 5), drop=True, hidden=40)
 
 
@@ -24,8 +31,8 @@ def on_gpu(value: Any) -> Any:
 
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
-@pytest.mark.parametrize("op", OPS)
-def test_forward_and_gradients(op: str, layout: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("op", "backend"), OPS)
+def test_forward_and_gradients(op: str, backend: str, layout: str, dtype: torch.dtype) -> None:
     x = cases.random_input(CASE, layout, dtype)
     params, options = cases.parameters(op, CASE, dtype), cases.options(op, CASE)
     dy = torch.randn(CASE.shape).to(dtype)
@@ -34,15 +41,47 @@ def test_forward_and_gradients(op: str, layout: str, dtype: torch.dtype) -> None
     x = cases.layout_of(x.cuda(), layout)
     params = [on_gpu(p) for p in params]
     options = {name: on_gpu(value) for name, value in options.items()}
-    ours = cases.run(getattr(pk, op), x, params, dy.cuda(), backend="triton", **options)
+    ours = cases.run(getattr(pk, op), x, params, dy.cuda(), backend=backend, **options)
     cases.assert_as_exact_as_eager([t.cpu() for t in ours], eager, exact)
-    assert pk.backends.resolve(op, "cuda", dtype, "gelu") == "triton"
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.skipif(NO_TRITON, reason="Triton is not installed")
+def test_auto_takes_the_kernels(autocast: bool) -> None:
+    for op, without_cuda in (("pool_mixer", "triton"), ("group_norm", "triton")):
+        chosen = pk.backends.resolve(op, "cuda", torch.bfloat16, None, True, autocast)
+        assert chosen == (without_cuda if NO_CUDA else "cuda")
+    assert pk.backends.resolve("mlp", "cuda", torch.float32, "gelu", True, autocast) == "triton"
+
+
+@pytest.mark.skipif(NO_CUDA or NO_TRITON, reason="it needs the kernels of both backends")
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+def test_statistics_go_from_cuda_kernels_to_triton(
+    layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = cases.layout_of(cases.random_input(CASE, layout, torch.float32).cuda(), layout)
+    block = modules.PoolFormerBlock(24, 40, layer_scale_init_value=0.5).cuda().eval()
+    given = []
+
+    def mlp(*args: Any, **kwargs: Any) -> Tensor:
+        given.append(kwargs["stats"])
+        return pk.mlp(*args, **kwargs)
+
+    monkeypatch.setattr(modules, "mlp", mlp)
+    with torch.no_grad():
+        result = block(x)
+        y = pk.pool_mixer(x, block.before_norm.weight, None, block.layer_scale_1, return_stats=True)
+        with pk.use_backend("torch"):
+            torch.testing.assert_close(result, block(x), rtol=1e-4, atol=1e-4)
+    assert torch.equal(given[0], y[1]) and given[1] is None
 
 
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("op", OPS)
-def test_autocast_follows_eager(op: str, dtype: torch.dtype, x_dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("op", "backend"), OPS)
+def test_autocast_follows_eager(
+    op: str, backend: str, dtype: torch.dtype, x_dtype: torch.dtype
+) -> None:
     """Parameters in float32, x as a block before or a convolution under autocast returns it."""
     case = Case(CASE.shape, drop=True, hidden=40, mean=10.0)
     x = cases.random_input(case, "channels_last", x_dtype).cuda()
@@ -50,24 +89,23 @@ def test_autocast_follows_eager(op: str, dtype: torch.dtype, x_dtype: torch.dtyp
     options = {name: on_gpu(value) for name, value in cases.options(op, case).items()}
     dy = torch.randn(case.shape).cuda()
     results = []
-    for backend in ("triton", "torch"):
+    for name in (backend, "torch"):
         with torch.autocast("cuda", dtype):
-            results.append(cases.run(getattr(pk, op), x, params, dy, backend=backend, **options))
+            results.append(cases.run(getattr(pk, op), x, params, dy, backend=name, **options))
     exact = cases.oracle(op, x, params, dy, **options)
     cases.assert_as_exact_as_eager(*results, exact)
-    assert pk.backends.resolve(op, "cuda", x_dtype, "gelu", autocast=True) == "triton"
 
 
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
-@pytest.mark.parametrize("op", ["pool_mixer", "mlp"])
-def test_fakes_agree_with_the_kernels(op: str, layout: str) -> None:
+@pytest.mark.parametrize(("op", "backend"), [p for p in OPS if p.values[0] != "group_norm"])
+def test_fakes_agree_with_the_kernels(op: str, backend: str, layout: str) -> None:
     x = cases.random_input(CASE, layout, torch.float32).cuda()
     x = cases.layout_of(x, layout)
     params = [on_gpu(p) for p in cases.parameters(op, CASE, torch.float32)]
     if op == "pool_mixer":
-        args: tuple[Any, ...] = (x, None, params[0], params[2], None, 3, 1, 1e-5, True, "triton")
+        args: tuple[Any, ...] = (x, None, params[0], params[2], None, 3, 1, 1e-5, True, backend)
     else:
-        args = (x, None, *params, None, None, "gelu", 1, 1e-5, True, True, "triton")
+        args = (x, None, *params, None, None, "gelu", 1, 1e-5, True, True, backend)
     real = getattr(torch.ops.poolformer_kernels, f"{op}_fwd")(*args)
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fakes = [mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args]
@@ -111,7 +149,7 @@ def test_training_follows_eager(autocast: bool) -> None:
     start = pk.PoolFormerForImageClassification(config).state_dict()
     x, labels = torch.randn(4, 3, 32, 32).cuda(), torch.tensor([0, 1, 2, 3]).cuda()
     losses = {}
-    for backend in ("torch", "triton"):
+    for backend in ("torch", "auto"):
         model = pk.PoolFormerForImageClassification(config).cuda().train()
         model.load_state_dict(start)
         pk.accelerate(model, backend)
@@ -127,4 +165,4 @@ def test_training_follows_eager(autocast: bool) -> None:
             losses[backend].append(loss.item())
     assert sum(losses["torch"][-5:]) < 0.8 * sum(losses["torch"][:5]), losses
     tolerance = 5e-2 if autocast else 2e-3
-    torch.testing.assert_close(losses["triton"], losses["torch"], rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(losses["auto"], losses["torch"], rtol=tolerance, atol=tolerance)

@@ -55,10 +55,15 @@ def fake_stats(
     shape: tuple[Any, ...] = (0,)
     if return_stats:
         partials = 1
+        channels_last = suggest_memory_format(x) == torch.channels_last
         if backend == "triton":
-            channels_last = suggest_memory_format(x) == torch.channels_last
             partials = kernels(op).stats_partials(
                 x.shape, num_groups, channels_last, dtype or x.dtype
+            )
+        elif backend == "cuda":
+            itemsize = (dtype or x.dtype).itemsize
+            partials = cuda_function("stats_partials")(
+                op, *x.shape[1:], num_groups, channels_last, itemsize
             )
         shape = (x.shape[0], num_groups, partials, 3)
     return x.new_empty(shape, dtype=accumulate_dtype(x.dtype))
@@ -69,12 +74,36 @@ def kernels(op: str) -> Any:
     return importlib.import_module(f"poolformer_kernels.kernels.{op}")
 
 
-def register_triton(op: str) -> None:
-    """Let the Triton kernels implement the forward of `op` on GPUs."""
+def cuda_function(name: str) -> Callable[..., Any]:
+    """A function of the extension's CUDA kernels."""
+    function = getattr(_extension.load(), f"cuda_{name}", None)
+    if function is None:
+        reason = _extension.why_not() or f"this build has no CUDA kernel {name}"
+        raise RuntimeError(f"backend 'cuda' cannot run: {reason}.")
+    return function
+
+
+def gpu_kernel(op: str, direction: str, backend: str) -> Callable[..., Any] | None:
+    """The "forward" or "backward" of `op` on a GPU; None where `backend` is none of GPUs."""
+    if backend == "triton":
+        return getattr(kernels(op), direction)
+    if backend == "cuda":
+        return cuda_function(f"{op}_{direction}")
+    return None
+
+
+def register_gpu(op: str) -> None:
+    """Let GPU kernels implement the forward of `op` there."""
 
     def forward(*args: Any) -> Any:
-        *arguments, _ = args  # the backend, which is "triton": no other runs there
-        return kernels(op).forward(*arguments)
+        *arguments, backend = args
+        kernel = gpu_kernel(op, "forward", backend)
+        if kernel is None:
+            raise ValueError(
+                f"{op}: the tensors are on a GPU and backend is {backend!r}; this op runs "
+                "backends 'cuda' and 'triton' there."
+            )
+        return kernel(*arguments)
 
     LIBRARY.impl(f"{op}_fwd", forward, "CUDA")
 

@@ -43,14 +43,14 @@ def _fake_backward(
 def _backward(
     dy: Tensor, x: Tensor, saved: Tensor, weight: Tensor | None, backend: str
 ) -> tuple[Tensor, ...]:
-    if backend == "triton":
-        return common.kernels("group_norm").backward(dy, x, saved, weight)
+    if (kernel := common.gpu_kernel("group_norm", "backward", backend)) is not None:
+        return kernel(dy, x, saved, weight)
     return common.finish_backward(x, reference.group_norm_backward(dy, x, saved, weight))
 
 
 common.register_fake("group_norm_fwd", _fake_forward)
 common.register_fake("group_norm_bwd", _fake_backward)
-common.register_triton("group_norm")
+common.register_gpu("group_norm")
 common.LIBRARY.impl("group_norm_bwd", _backward, "CompositeExplicitAutograd")
 
 

@@ -48,7 +48,7 @@ def _fake_forward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, _, height, width = x.shape
-    saves = save_hidden and backend == "triton"
+    saves = save_hidden and backend in ("triton", "cuda")
     return (
         common.empty_like_op_output(x),
         common.fake_saved(x, num_groups),
@@ -73,15 +73,15 @@ def _backward(
     dz: Tensor, x: Tensor, saved: Tensor, hidden: Tensor | None, *args: Any
 ) -> tuple[Tensor, ...]:
     *arguments, backend = args
-    if backend == "triton":
-        return common.kernels("mlp").backward(dz, x, saved, hidden, *arguments)
+    if (kernel := common.gpu_kernel("mlp", "backward", backend)) is not None:
+        return kernel(dz, x, saved, hidden, *arguments)
     with torch.autocast(common.device_type(x), enabled=False):
         return common.finish_backward(x, reference.mlp_backward(dz, x, saved, *arguments))
 
 
 common.register_fake("mlp_fwd", _fake_forward)
 common.register_fake("mlp_bwd", _fake_backward)
-common.register_triton("mlp")
+common.register_gpu("mlp")
 common.LIBRARY.impl("mlp_bwd", _backward, "CompositeExplicitAutograd")
 
 

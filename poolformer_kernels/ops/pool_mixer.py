@@ -61,15 +61,15 @@ def _backward(
     backend: str,
 ) -> tuple[Tensor, ...]:
     args = (dy, x, saved, norm_weight, layer_scale, drop_path, pool_size)
-    if backend == "triton":
-        return common.kernels("pool_mixer").backward(*args)
+    if (kernel := common.gpu_kernel("pool_mixer", "backward", backend)) is not None:
+        return kernel(*args)
     grads = reference.pool_mixer_backward(*args)
     return common.finish_backward(x, grads)
 
 
 common.register_fake("pool_mixer_fwd", _fake_forward)
 common.register_fake("pool_mixer_bwd", _fake_backward)
-common.register_triton("pool_mixer")
+common.register_gpu("pool_mixer")
 common.LIBRARY.impl("pool_mixer_bwd", _backward, "CompositeExplicitAutograd")
 
 

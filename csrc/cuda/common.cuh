@@ -1,0 +1,163 @@
+// What the kernels share: dtypes, 16-byte vectors, parameters.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstring>
+#include <type_traits>
+
+#include "kernels.h"
+
+namespace poolformer::cuda {
+
+constexpr int kBlocks = 3;  // of a multiprocessor, so up to 80 registers: more do not spill
+
+__device__ __forceinline__ float to_float(float v) { return v; }
+__device__ __forceinline__ float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
+__device__ __forceinline__ float to_float(__half v) { return __half2float(v); }
+
+// Rounded to nearest even.
+__device__ __forceinline__ void from_float(float v, float& result) { result = v; }
+__device__ __forceinline__ void from_float(float v, __nv_bfloat16& result) {
+  result = __float2bfloat16_rn(v);
+}
+__device__ __forceinline__ void from_float(float v, __half& result) { result = __float2half_rn(v); }
+
+// Two 16-bit values in a word, as they lie in memory.
+__device__ __forceinline__ void unpack_word(uint32_t word, float* values, __nv_bfloat16) {
+  values[0] = __uint_as_float(word << 16);
+  values[1] = __uint_as_float(word & 0xffff0000);
+}
+__device__ __forceinline__ void unpack_word(uint32_t word, float* values, __half) {
+  __half2 pair;
+  memcpy(&pair, &word, sizeof(pair));
+  values[0] = __low2float(pair), values[1] = __high2float(pair);
+}
+__device__ __forceinline__ uint32_t pack_word(const float* values, __nv_bfloat16) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(values[0], values[1]);
+  uint32_t word;
+  memcpy(&word, &pair, sizeof(word));
+  return word;
+}
+__device__ __forceinline__ uint32_t pack_word(const float* values, __half) {
+  const __half2 pair = __floats2half2_rn(values[0], values[1]);
+  uint32_t word;
+  memcpy(&word, &pair, sizeof(word));
+  return word;
+}
+
+// V values as they lie in memory: one access. Words, since 16-bit values take a register each.
+template <class T, int V>
+struct Pack {
+  static_assert(sizeof(T) * V == kVectorBytes);
+  uint32_t words[kVectorBytes / 4];
+};
+
+template <class T>
+struct Pack<T, 1> {
+  T value;
+};
+
+template <int V, class T>
+__device__ __forceinline__ Pack<T, V> load(const T* p) {
+  if constexpr (V == 1) {
+    return {__ldg(p)};
+  } else {
+    const uint4 bits = __ldg(reinterpret_cast<const uint4*>(p));
+    return {{bits.x, bits.y, bits.z, bits.w}};
+  }
+}
+
+template <class T, int V>
+__device__ __forceinline__ void store(T* p, const Pack<T, V>& pack) {
+  if constexpr (V == 1) {
+    *p = pack.value;
+  } else {
+    const uint32_t (&w)[4] = pack.words;
+    *reinterpret_cast<uint4*>(p) = make_uint4(w[0], w[1], w[2], w[3]);
+  }
+}
+
+template <class T, int V>
+__device__ __forceinline__ void unpack(const Pack<T, V>& pack, float (&values)[V]) {
+  if constexpr (V == 1) {
+    values[0] = to_float(pack.value);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if constexpr (sizeof(T) == 4) {
+        values[i] = __uint_as_float(pack.words[i]);
+      } else {
+        unpack_word(pack.words[i], values + 2 * i, T{});
+      }
+    }
+  }
+}
+
+template <class T, int V>
+__device__ __forceinline__ Pack<T, V> rounded(const float (&values)[V]) {
+  Pack<T, V> pack;
+  if constexpr (V == 1) {
+    from_float(values[0], pack.value);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if constexpr (sizeof(T) == 4) {
+        pack.words[i] = __float_as_uint(values[i]);
+      } else {
+        pack.words[i] = pack_word(values + 2 * i, T{});
+      }
+    }
+  }
+  return pack;
+}
+
+// A vector of a parameter, or `missing` where there is none.
+template <class T, int V>
+__device__ __forceinline__ void load_parameter(const void* parameter, int channel, float missing,
+                                               float (&values)[V]) {
+  if (parameter != nullptr) {
+    unpack(load<V>(static_cast<const T*>(parameter) + channel), values);
+  } else {
+#pragma unroll
+    for (int i = 0; i < V; ++i) values[i] = missing;
+  }
+}
+
+template <class T>
+__device__ __forceinline__ float image_factor(const Parameters& p, int64_t image) {
+  if (p.drop_path == nullptr) return 1.f;
+  if (p.drop_path_is_float) return static_cast<const float*>(p.drop_path)[image];
+  return to_float(static_cast<const T*>(p.drop_path)[image]);
+}
+
+// k·γ·layer_scale of V channels.
+template <class T, int V>
+__device__ __forceinline__ void branch_scale(const Parameters& p, float k, int channel,
+                                             float (&scale)[V]) {
+  float layer_scale[V];
+  load_parameter<T>(p.norm_weight, channel, 1.f, scale);
+  load_parameter<T>(p.layer_scale, channel, 1.f, layer_scale);
+#pragma unroll
+  for (int i = 0; i < V; ++i) scale[i] = k * (scale[i] * layer_scale[i]);
+}
+
+// Calls launch(T{}) with the C++ type of `dtype`.
+template <class Launch>
+cudaError_t with_type(Dtype dtype, Launch&& launch) {
+  if (dtype == Dtype::kFloat32) {
+    launch(float{});
+  } else if (dtype == Dtype::kBFloat16) {
+    launch(__nv_bfloat16{});
+  } else {
+    launch(__half{});
+  }
+  return cudaGetLastError();
+}
+
+template <class T>
+constexpr int kFullVector = kVectorBytes / static_cast<int>(sizeof(T));
+
+}  // namespace poolformer::cuda

@@ -1,0 +1,61 @@
+"""A program: what the launches of the ops move, as a simulated GPU counts it, as JSON.
+
+SIMGPU_TRACE=FILE python tests/count_traffic.py OP BACKEND SHAPE…, with shapes such as 1x64x56x56.
+Prints {SHAPE: {CALL: [launch]}}; tensors are bfloat16 and channels_last.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import cases
+import torch
+from cases import Case
+from kernel_checks import Kernels
+
+from poolformer_kernels import reference
+
+TRACE = Path(os.environ["SIMGPU_TRACE"])
+
+
+class Launches:
+    """Those of the "cuda" or "triton" kind since the last call."""
+
+    def __init__(self) -> None:
+        self.seen = 0
+
+    def __call__(self) -> list[dict[str, Any]]:
+        lines = TRACE.read_text().splitlines()
+        new, self.seen = lines[self.seen :], len(lines)
+        return [n for n in map(json.loads, new) if n["kind"] in ("cuda", "triton")]
+
+
+def calls(kernels: Kernels, shape: tuple[int, ...], launches: Launches) -> dict[str, Any]:
+    case = Case(shape)
+    x = cases.random_input(case, "channels_last", torch.bfloat16).cuda()
+    params = [p.cuda() for p in cases.parameters(kernels.op, case, torch.bfloat16)]
+    stats, dy = reference.statistics(x, 1), torch.randn_like(x)
+    counted = {}
+    launches()
+    kernels.forward(case, x, params, None, stats, True)
+    counted["forward, statistics given"] = launches()
+    _, saved, *_ = kernels.forward(case, x, params)
+    counted["forward"] = launches()
+    kernels.backward(case, dy, x, saved, params)
+    counted["backward"] = launches()
+    return counted
+
+
+if __name__ == "__main__":
+    op, backend, *shapes = sys.argv[1:]
+    launches = Launches()
+    kernels = Kernels(op, backend)
+    print(
+        json.dumps(
+            {s: calls(kernels, tuple(int(n) for n in s.split("x")), launches) for s in shapes}
+        )
+    )

@@ -1,0 +1,197 @@
+"""The CUDA C++ kernels: direct calls, which elements threads have, what ptxas makes of them."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import cases
+import pytest
+import torch
+from cases import Case
+from conftest import ROOT
+from kernel_checks import NO_CUDA, Kernels
+
+import build_plan
+from poolformer_kernels import _extension
+
+BUILT = pytest.mark.skipif(NO_CUDA, reason="CUDA kernels are not built here")
+SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+TARGETS = ["80", "86", "89", "90", "100", "120"]
+
+
+def test_every_element_has_one_place(tmp_path: Path) -> None:
+    compiler = build_plan.find_compiler()
+    if compiler is None:
+        pytest.skip("there is no C++ compiler")
+    program = tmp_path / "check_layout"
+    source = Path(__file__).with_name("check_layout.cpp")
+    flags = ["-std=c++17", "-O1", "-Wall", "-Werror", f"-I{ROOT / 'csrc'}"]
+    subprocess.run([*compiler.split(), *flags, str(source), "-o", str(program)], check=True)
+    done = subprocess.run([str(program)], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("checked 60"), done.stdout
+
+
+@BUILT
+def test_partial_statistics_do_not_depend_on_the_batch_and_are_few() -> None:
+    partials = _extension.load().cuda_stats_partials
+    for channels_last in (False, True):
+        for itemsize in (2, 4):
+            for height in (1, 7, 56, 333, 2048):
+                assert (
+                    1 <= partials("pool_mixer", 64, height, 56, 1, channels_last, itemsize) <= 512
+                )
+    with pytest.raises(ValueError, match="op is 'group_norm'"):
+        partials("group_norm", 64, 7, 7, 1, True, 2)
+
+
+@pytest.mark.gpu
+@BUILT
+@pytest.mark.parametrize("op", ["pool_mixer", "group_norm"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_dense_tensors_that_do_not_start_on_16_bytes(op: str, dtype: torch.dtype) -> None:
+    case, kernels = Case((3, 8, 5, 4)), Kernels(op, "cuda")
+    x, dy = torch.randn(2, *case.shape).to(dtype).cuda()
+    params = [p.cuda() for p in cases.parameters(op, case, dtype)]
+
+    def shifted(t: torch.Tensor) -> torch.Tensor:
+        return torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape)
+
+    results = []
+    for move in (lambda t: t, shifted):
+        y, saved, *_ = kernels.forward(case, move(x), [move(p) for p in params])
+        grads = kernels.backward(case, move(dy), move(x), saved, [move(p) for p in params])
+        results.append([y, *grads])
+    assert shifted(x).data_ptr() % 16 and shifted(x).is_contiguous()
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.gpu
+@BUILT
+def test_launches_go_to_the_current_stream() -> None:
+    case, kernels = Case((2, 8, 6, 5)), Kernels("pool_mixer", "cuda")
+    x = cases.random_input(case, "channels_last", torch.float32).cuda()
+    params = cases.parameters("pool_mixer", case, torch.float32)
+    expected = kernels.forward(case, x, params)[0]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        y = kernels.forward(case, x, params)[0]
+    stream.synchronize()
+    assert torch.equal(y, expected)
+
+
+X = torch.randn(2, 8, 5, 4)
+V, K, STATS, SAVED = torch.ones(8), torch.ones(2), torch.ones(2, 1, 1, 3), torch.ones(2, 1, 2)
+FORWARD = {
+    "x": X,
+    "stats": STATS,
+    "norm_weight": V,
+    "layer_scale": V,
+    "drop_path": K,
+    "pool_size": 3,
+    "num_groups": 1,
+    "eps": 1e-5,
+    "return_stats": True,
+}
+BACKWARD = {"dy": X, "x": X, "saved": SAVED, "norm_weight": V, "layer_scale": V, "drop_path": K}
+BACKWARD["pool_size"] = 3
+NORM = {"x": X, "stats": STATS, "weight": V, "bias": V, "num_groups": 1, "eps": 1e-5}
+NORM_BACKWARD = {"dy": X, "x": X, "saved": SAVED, "weight": V}
+GOOD = {
+    "pool_mixer_forward": FORWARD,
+    "pool_mixer_backward": BACKWARD,
+    "group_norm_forward": NORM,
+    "group_norm_backward": NORM_BACKWARD,
+}
+ON_CPU = {"x": X, "stats": STATS, "norm_weight": V, "weight": V, "drop_path": K, "dy": X}
+ON_CPU |= {"saved": SAVED, "bias": V, "layer_scale": V}
+ANY = [
+    ({"x": X[0]}, ValueError, r"x has shape \[8, 5, 4\]; it has to be \(B, C, H, W\)"),
+    ({"x": X.long()}, TypeError, "x is Long"),
+    ({"x": X.double()}, TypeError, "x is Double; the CUDA kernels take float32"),
+    ({"x": X[:, :4]}, ValueError, "needs|has to be"),
+    ({"x": X.half()}, TypeError, "convert one of them"),
+]
+BAD = [
+    *((name, *bad) for name in GOOD for bad in ANY),
+    *(
+        (name, {key: ("cpu", ON_CPU[key])}, ValueError, f"{key} is on cpu")
+        for name, good in GOOD.items()
+        for key in good.keys() & ON_CPU.keys()
+    ),
+    ("pool_mixer_forward", {"pool_size": 2}, ValueError, "pool_size is 2"),
+    ("pool_mixer_backward", {"pool_size": -1}, ValueError, "pool_size is -1"),
+    ("pool_mixer_forward", {"num_groups": 3}, ValueError, "num_groups is 3"),
+    ("group_norm_forward", {"eps": -1.0}, ValueError, "eps is -1"),
+    ("pool_mixer_forward", {"layer_scale": V[:3]}, ValueError, r"layer_scale has shape \[3\]"),
+    ("pool_mixer_forward", {"drop_path": K.half()}, TypeError, "drop_path is Half"),
+    ("pool_mixer_backward", {"drop_path": V}, ValueError, r"one factor an image, \(2\)"),
+    ("group_norm_forward", {"stats": STATS[:1]}, ValueError, r"stats has shape \[1, 1, 1, 3\]"),
+    ("group_norm_forward", {"stats": STATS.half()}, TypeError, "stats is Half"),
+    ("pool_mixer_backward", {"saved": SAVED.half()}, TypeError, "saved is Half"),
+    ("group_norm_backward", {"saved": SAVED[0]}, ValueError, r"saved has shape \[1, 2\]"),
+    ("group_norm_backward", {"saved": torch.ones(2, 3, 2)}, ValueError, "num_groups is 3"),
+    ("group_norm_backward", {"dy": X[:1]}, ValueError, r"dy has shape \[1, 8, 5, 4\]"),
+]
+
+
+def on_gpu(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return value[1]
+    return value.cuda() if isinstance(value, torch.Tensor) else value
+
+
+@pytest.mark.gpu
+@BUILT
+@pytest.mark.parametrize(("name", "bad", "error", "message"), BAD)
+def test_direct_calls_are_checked(
+    name: str, bad: dict[str, Any], error: type, message: str
+) -> None:
+    function = getattr(_extension.load(), f"cuda_{name}")
+    good = {key: on_gpu(value) for key, value in GOOD[name].items()}
+    function(**good)
+    with pytest.raises(error, match=message) as raised:
+        function(**{**good, **{key: on_gpu(value) for key, value in bad.items()}})
+    assert str(raised.value).startswith(("pool_mixer: ", "group_norm: "))
+
+
+@pytest.mark.gpu
+@BUILT
+def test_images_too_large_for_32_bits_are_refused() -> None:
+    x = torch.empty(1, device="cuda").expand(1, 2, 2**15, 2**15)
+    with pytest.raises(ValueError, match=r"index fewer than 1073741824 in an image\. Use"):
+        _extension.load().cuda_group_norm_forward(x, None, None, None, 1, 1e-5)
+
+
+@pytest.mark.gpu
+@BUILT
+def test_batches_of_too_many_blocks_are_refused() -> None:
+    x = torch.empty(1, device="cuda").expand(2**19, 4096, 1, 1)
+    with pytest.raises(ValueError, match=r"needs 2147483648 blocks, .* Split the batch"):
+        _extension.load().cuda_group_norm_forward(x, None, None, None, 4096, 1e-5)
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
+def test_compiles_without_spills(source: Path, target: str, tmp_path: Path) -> None:
+    home, _, known = build_plan.find_cuda()
+    if home is None or f"{target[:-1]}.{target[-1]}" not in known:
+        pytest.skip(f"there is no nvcc that knows sm_{target}")
+    nvcc = shutil.which("nvcc", path=f"{home}/bin")
+    flags = ["-O3", "-std=c++17", f"-arch=sm_{target}", "-Xptxas", "-v", "-c"]
+    done = subprocess.run(
+        [nvcc, *flags, str(source), "-o", str(tmp_path / "o")], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
+    stacks = re.findall(r"(\d+) bytes stack frame", done.stderr)
+    registers = [int(n) for n in re.findall(r"Used (\d+) registers", done.stderr)]
+    shared = [int(n) for n in re.findall(r"(\d+) bytes smem", done.stderr)]
+    assert len(registers) >= 3 and len(spills) == len(registers)
+    assert {n for pair in spills for n in pair} | set(stacks) == {"0"}, done.stderr
+    assert max(registers) <= 128 and max(shared, default=0) <= 16 * 1024

@@ -1,0 +1,153 @@
+"""The GPU launchers of pool_mixer and group_norm against float64, and what they move."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import cases
+import pytest
+import torch
+from cases import CASES, LAYOUTS, Case
+from kernel_checks import BACKENDS, Kernels
+
+from poolformer_kernels import reference
+from poolformer_kernels.ops import _common
+
+pytestmark = [pytest.mark.gpu, pytest.mark.parametrize("backend", BACKENDS)]
+BOTH = pytest.mark.parametrize("op", ["pool_mixer", "group_norm"])
+BF16 = torch.bfloat16
+WIDER = [
+    Case((2, 8, 5, 6), pool_size=1),
+    Case((1, 16, 9, 13), pool_size=7, drop=True),
+    Case((7, 40, 4, 3), num_groups=5, drop=True),
+    Case((1, 24, 3, 70), num_groups=3),
+]
+# Every case in every layout; the other dtypes where they take other paths.
+GRID = [(case, layout, BF16) for case in CASES + WIDER for layout in LAYOUTS] + [
+    (case, layout, dtype)
+    for case in CASES[:4] + WIDER
+    for layout in ("nchw", "channels_last")
+    for dtype in (torch.float32, torch.float16)
+]
+
+
+@BOTH
+@pytest.mark.parametrize(("case", "layout", "dtype"), GRID, ids=str)
+def test_forward_and_gradients(
+    op: str, backend: str, case: Case, layout: str, dtype: torch.dtype
+) -> None:
+    Kernels(op, backend).assert_right(case, layout, dtype)
+
+
+@BOTH
+@pytest.mark.parametrize("parts", [1, 2, 100])
+def test_given_statistics_are_used_and_merged(op: str, backend: str, parts: int) -> None:
+    case = Case((2, 4, 20, 20), num_groups=2, mean=5.0)
+    x, params = cases.random_input(case, "nchw", torch.float32), cases.parameters(op, case, BF16)
+    params = [p.float() for p in params]
+    pixels = x.flatten(2).unflatten(2, (parts, -1)).unsqueeze(-1)
+    stats = torch.cat([reference.statistics(pixels[:, :, i], 2) for i in range(parts)], 2).cuda()
+    whole, parted, wrong = (
+        Kernels(op, backend).forward(case, x.cuda(), params, stats=s)[0]
+        for s in (None, stats, stats * torch.tensor([1.0, 1.0, 4.0], device="cuda"))
+    )
+    torch.testing.assert_close(parted, whole, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(wrong, whole, atol=1e-2)
+
+
+@BOTH
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+def test_statistics_survive_a_mean_far_from_zero(op: str, backend: str, layout: str) -> None:
+    case = Case((2, 16, 40, 33), num_groups=2, mean=1000.0)
+    x, params = cases.random_input(case, layout, torch.float32), cases.parameters(op, case, BF16)
+    _, saved, *_ = Kernels(op, backend).forward(case, x.cuda(), [p.float() for p in params])
+    exact = x.double().unflatten(1, (2, -1)).flatten(2)
+    rstd = 1 / (exact.var(-1, correction=0) + 1e-5).sqrt()
+    torch.testing.assert_close(saved[..., 0].cpu().double(), exact.mean(-1), rtol=1e-6, atol=0)
+    torch.testing.assert_close(saved[..., 1].cpu().double(), rstd, rtol=3e-6, atol=0)
+
+
+@BOTH
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+def test_same_bits_on_every_run(op: str, backend: str, layout: str) -> None:
+    case, kernels = Case((2, 24, 9, 7)), Kernels(op, backend)
+    x, params = cases.random_input(case, layout, torch.float32), cases.parameters(op, case, BF16)
+    x, params = x.cuda(), [p.float() for p in params]
+    dy = torch.randn(case.shape).cuda()
+    runs = []
+    for _ in range(2):
+        y, saved, *stats = kernels.forward(case, x, params, return_stats=True)
+        runs.append([y, saved, *stats, *kernels.backward(case, dy, x, saved, params)])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@BOTH
+def test_a_gradient_that_repeats_one_number(op: str, backend: str) -> None:
+    case, kernels = Case((2, 8, 5, 4)), Kernels(op, backend)
+    x, params = cases.random_input(case, "channels_last", BF16), cases.parameters(op, case, BF16)
+    _, saved, *_ = kernels.forward(case, x.cuda(), params)
+    one = torch.ones((), dtype=BF16, device="cuda")
+    ours, expected = (
+        kernels.backward(case, dy, x.cuda(), saved, params)
+        for dy in (one.expand(case.shape), one.expand(case.shape).contiguous())
+    )
+    assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+
+
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
+def test_returned_statistics_are_those_of_the_result(
+    backend: str, dtype: torch.dtype, layout: str
+) -> None:
+    op = "pool_mixer"
+    for case in (CASES[0], CASES[2], Case((2, 8, 12, 10), mean=100.0)):
+        x, params = cases.random_input(case, layout, dtype), cases.parameters(op, case, dtype)
+        options, x = cases.options(op, case), x.cuda()
+        y, _, stats = Kernels(op, backend).forward(case, x, params, options, return_stats=True)
+        fake = _common.fake_stats(op, x, case.num_groups, True, backend)
+        assert stats.shape == fake.shape and stats.dtype == fake.dtype
+        exact = reference.statistics(y.cpu().double(), case.num_groups)[:, :, 0]
+        count, mean, m2 = stats.cpu().double().unbind(-1)
+        total = count.sum(-1)
+        center = (count * mean).sum(-1) / total
+        m2 = (m2 + count * (mean - center[..., None]) ** 2).sum(-1)
+        assert torch.equal(total, exact[..., 0])
+        torch.testing.assert_close(center, exact[..., 1], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(m2, exact[..., 2], rtol=1e-5, atol=1e-6)
+
+
+def test_a_dropped_image_is_passed_on_bit_by_bit(backend: str) -> None:
+    op, case = "pool_mixer", Case((2, 16, 6, 5), drop=True)
+    x, params = cases.random_input(case, "channels_last", BF16), cases.parameters(op, case, BF16)
+    y = Kernels(op, backend).forward(case, x.cuda(), params, cases.options(op, case))[0].cpu()
+    assert torch.equal(y[0], x[0]) and not torch.equal(y[1], x[1])
+
+
+def passes(launches: list[dict[str, Any]], tensor_bytes: int) -> float:
+    """Distinct bytes of each launch, summed, in units of the bytes of x."""
+    moved = sum(n["unique_load_bytes"] + n["unique_store_bytes"] for n in launches)
+    return moved / tensor_bytes
+
+
+@BOTH
+def test_bytes_and_launches(op: str, backend: str, run_python: Any, tmp_path: Path) -> None:
+    """PoolFormer-S12's stages, and 96 channels. S: one pass over x."""
+    pytest.importorskip("simgpu", reason="only a simulated GPU counts bytes")
+    shapes = ["1x64x56x56", "1x128x28x28", "1x320x14x14", "2x512x7x7", "1x96x28x28"]
+    program = Path(__file__).with_name("count_traffic.py")
+    done = run_python(str(program), op, backend, *shapes, SIMGPU_TRACE=str(tmp_path / "trace"))
+    assert done.returncode == 0, done.stderr
+    most = {"forward, statistics given": (1, 2.1), "forward": (2, 3.1), "backward": (3, 5.2)}
+    for shape, calls in json.loads(done.stdout).items():
+        tensor_bytes = 2 * torch.Size(int(n) for n in shape.split("x")).numel()
+        for call, (count, limit) in most.items():
+            moved = passes(calls[call], tensor_bytes)
+            assert len(calls[call]) == count and limit - 0.2 < moved <= limit, (shape, call, moved)
+            if backend == "cuda":
+                for n in calls[call]:
+                    fetched = 32 * (n["load_sectors"] + n["store_sectors"])
+                    asked = n["load_bytes"] + n["store_bytes"]
+                    small = asked < tensor_bytes / 4  # the sum of parameters' gradients
+                    assert small or fetched <= 1.05 * asked, (shape, n["kernel"], fetched / asked)
