@@ -82,15 +82,11 @@ def _triton(call: Call) -> str | None:
     return _kernel_limits(call, _GPU_DTYPES)
 
 
-# The ops that csrc/cuda has kernels for.
-_CUDA_OPS = ("pool_mixer", "group_norm")
-
-
 def _cuda(call: Call) -> str | None:
     if call.device != "cuda":
         return f"it runs on NVIDIA GPUs, and this tensor is on {call.device}"
-    if call.op not in _CUDA_OPS:
-        return "this version has no CUDA C++ kernel for it"
+    if call.op == "mlp" and call.grad:
+        return "this version has no CUDA C++ kernel for its backward"
     module = _extension.load()
     if module is None:
         return _extension.why_not()
@@ -133,11 +129,20 @@ def _cpu_slower(call: Call) -> str | None:
     return None
 
 
+def _cuda_slower(call: Call) -> str | None:
+    """Where the Triton kernels are expected to be ahead of those in CUDA C++."""
+    if call.op == "mlp" and torch.cuda.is_available() and BACKENDS["triton"](call) is None:
+        if torch.cuda.get_device_capability()[0] in (9, 10, 11):
+            return "Triton compiles products for the wider matrix instructions of this GPU"
+    return None
+
+
 def explain(call: Call) -> dict[str, str | None]:
     """For each backend in order of preference: None if "auto" would take it, else the reason."""
     reasons = {name: BACKENDS[name](call) for name in PREFERENCE}
-    if reasons["cpu"] is None and (slower := _cpu_slower(call)) is not None:
-        reasons["cpu"] = slower
+    for name, slower in (("cuda", _cuda_slower), ("cpu", _cpu_slower)):
+        if reasons[name] is None:
+            reasons[name] = slower(call)
     return reasons
 
 

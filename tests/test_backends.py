@@ -24,6 +24,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, **native: Any) -> None:
     """An extension is loaded, on a CPU with or without native half-precision products.
 
     cuda: the architecture that its CUDA kernels run for, 0 if none fits, absent without kernels.
+    is: the GPU's compute capability.
     """
     module = SimpleNamespace(
         native_bf16=lambda: native.get("bf16", False), native_fp16=lambda: native.get("fp16", False)
@@ -32,7 +33,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, **native: Any) -> None:
         module.cuda_architecture = lambda device: native["cuda"]
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: native.get("is", (9, 0)))
     monkeypatch.setattr(_extension, "load", lambda: module)
     record = {"mode": "cpu", "why": "nvcc was not found", "cuda_archs": ["12.0"]}
     monkeypatch.setattr(_extension, "build_info", lambda: record)
@@ -102,7 +103,12 @@ AUTO = [
     ({"device": "cuda", "op": "pool_mixer", "act": None, "grad": True}, {"cuda": 80}, "cuda"),
     ({"device": "cuda", "op": "pool_mixer", "act": None}, {"cuda": 80, "triton": False}, "cuda"),
     ({"device": "cuda", "op": "pool_mixer", "act": None}, {"cuda": 0}, "triton"),
-    ({"device": "cuda"}, {"cuda": 80}, "triton"),
+    ({"device": "cuda"}, {"cuda": 80, "is": (9, 0)}, "triton"),
+    ({"device": "cuda"}, {"cuda": 80, "is": (9, 0), "triton": False}, "cuda"),
+    ({"device": "cuda"}, {"cuda": 80, "is": (8, 0)}, "cuda"),
+    ({"device": "cuda"}, {"cuda": 120, "is": (12, 0)}, "cuda"),
+    ({"device": "cuda", "grad": True}, {"cuda": 80, "is": (8, 0)}, "triton"),
+    ({"device": "cuda", "grad": True}, {"cuda": 80, "triton": False}, "torch"),
     ({"device": "cuda"}, {"triton": False}, "torch"),
     ({"device": "cuda", "dtype": torch.float64}, {}, "torch"),
     ({"device": "cuda", "autocast": True}, {}, "triton"),

@@ -5,6 +5,7 @@
 #include <string>
 #include <tuple>
 
+#include "mlp.h"
 #include "tensors.h"
 
 namespace poolformer {
@@ -152,8 +153,9 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_backward(const Tensor& dy, const T
 
 int64_t stats_partials(const std::string& op, int64_t channels, int64_t height, int64_t width,
                        int64_t num_groups, bool channels_last, int64_t itemsize) {
+  if (op == "mlp") return cuda::mlp_partials(height * width, channels, num_groups, itemsize);
   TORCH_CHECK_VALUE(op == "pool_mixer", "cuda_stats_partials: op is '", op,
-                    "'; the CUDA kernels of 'pool_mixer' return statistics.");
+                    "'; the CUDA kernels of 'pool_mixer' and 'mlp' return statistics.");
   cuda::Image image{};
   image.dtype = itemsize == 4 ? cuda::Dtype::kFloat32 : cuda::Dtype::kBFloat16;
   image.channels_last = channels_last, image.batch = 1, image.groups = static_cast<int>(num_groups);
@@ -169,6 +171,8 @@ int64_t architecture(int64_t device) {
 
 }  // namespace
 }  // namespace poolformer
+
+void bind_cuda_mlp(pybind11::module_& m);
 
 void bind_cuda(pybind11::module_& m) {
   using pybind11::arg;
@@ -186,4 +190,5 @@ void bind_cuda(pybind11::module_& m) {
         arg("weight"), arg("bias"), arg("num_groups"), arg("eps"));
   m.def("cuda_group_norm_backward", &poolformer::group_norm_backward, arg("dy"), arg("x"),
         arg("saved"), arg("weight"));
+  bind_cuda_mlp(m);
 }
