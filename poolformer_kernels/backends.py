@@ -131,10 +131,11 @@ def _cpu_slower(call: Call) -> str | None:
 
 def _cuda_slower(call: Call) -> str | None:
     """Where the Triton kernels are expected to be ahead of those in CUDA C++."""
-    if call.op == "mlp" and torch.cuda.is_available() and BACKENDS["triton"](call) is None:
-        if torch.cuda.get_device_capability()[0] in (9, 10, 11):
-            return "Triton compiles products for the wider matrix instructions of this GPU"
-    return None
+    if call.op != "mlp" or not torch.cuda.is_available() or BACKENDS["triton"](call) is not None:
+        return None
+    if torch.cuda.get_device_capability()[0] not in (9, 10, 11):
+        return None
+    return "Triton compiles products for the wider matrix instructions of this GPU"
 
 
 def explain(call: Call) -> dict[str, str | None]:
