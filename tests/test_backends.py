@@ -141,7 +141,7 @@ def test_without_the_extension_auto_moves_on_and_a_name_is_an_error(
         ({"act": "callable", "backend": "cpu"}, "an activation given as a callable"),
         ({"autocast": True, "backend": "cpu"}, "under autocast"),
         ({"backend": "cuda"}, "it runs on NVIDIA GPUs, and this tensor is on cpu"),
-        ({"backend": "cuda", "device": "cuda", "grad": True}, "no CUDA C\\+\\+ kernel for its backward"),
+        ({"backend": "cuda", "device": "cuda", "grad": True}, r"no CUDA C\+\+ kernel for its"),
         (
             {"backend": "cuda", "device": "cuda", "op": "pool_mixer", "act": None},
             r"built without CUDA kernels \(nvcc was not found\)",
