@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from subprocess import CompletedProcess
-from typing import Any
-from unittest import mock
 
 import cases
 import pytest
@@ -18,12 +15,19 @@ from poolformer_kernels import reference
 from poolformer_kernels.ops._common import empty_like_op_output
 
 pytest.importorskip("triton")
-from triton.runtime.jit import JITFunction
+from triton_mlp import (
+    DEVICE,
+    INTERPRETED,
+    backward,
+    forward,
+    hidden_of,
+    merged,
+    on_device,
+    setup,
+)
 
 from poolformer_kernels.kernels import mlp as kernels
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it when it is imported
-DEVICE = "cpu" if INTERPRETED else "cuda"
 RUNS = pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(), reason="no GPU")
 # Triton's interpreter computes on the bits of bfloat16 values as if they were integers.
 QUICK_DTYPES = [d for d in DTYPES if not INTERPRETED or d != torch.bfloat16]
@@ -34,90 +38,72 @@ WIDTHS = [  # one group: fused up to 192 channels in 16 bits; two products above
     Case((2, 192, 3, 5), hidden=40, drop=True),
     Case((2, 200, 5, 5), hidden=72, act="relu", mean=3.0, drop=True),
 ]
-EPS = 1e-5
+FAR_FROM_ZERO = [  # rounded before the norm, x would lose all of its digits
+    Case((2, 32, 6, 5), mean=1000.0, drop=True),
+    Case((2, 208, 4, 5), hidden=24, mean=1000.0, num_groups=2),
+]
+# Fused, two products, more groups; a compilation each.
+MIXED = [
+    (case, layout, dtype)
+    for case in (CASES[0], WIDTHS[3])
+    for layout in ("nchw", "channels_last")
+    for dtype in DTYPES[1:]
+] + [
+    (case, *how)
+    for case in (CASES[2], WIDTHS[2], *FAR_FROM_ZERO)
+    for how in (("nchw", torch.bfloat16), ("channels_last", torch.float16))
+]
 
 
-def setup(
-    case: Case, dtype: torch.dtype
-) -> tuple[Tensor, list[Tensor | None], dict[str, Any], Tensor]:
-    x = cases.random_input(case, "nchw", dtype)
-    params, options = cases.parameters("mlp", case, dtype), cases.options("mlp", case)
-    return x, params, options, torch.randn(case.shape).to(dtype)
-
-
-def on_device(t: Tensor | None, layout: str = "nchw") -> Tensor | None:
-    if t is None:
-        return None
-    if layout == "expanded":
-        return t[:1].to(DEVICE).expand(t.shape)
-    return cases.layout_of(t.to(DEVICE), layout)
-
-
-def forward(
-    x: Tensor,
-    params: list[Tensor | None],
-    options: dict[str, Any],
-    stats: Tensor | None = None,
-    return_stats: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    factors = (options.get("drop_path"), options.get("hidden_drop_path"))
-    return kernels.forward(
-        x,
-        stats,
-        *(None if p is None else p.to(x.device) for p in (*params, *factors)),
-        options["act"],
-        options["num_groups"],
-        EPS,
-        return_stats,
-    )
-
-
-def merged(stats: Tensor) -> Tensor:
-    """(count, mean, M2) of partial ones: (B, G, P, 3) to (B, G, 3), in float64."""
-    count, mean, m2 = stats.cpu().double().unbind(-1)
-    total = count.sum(-1)
-    center = (count * mean).sum(-1) / total
-    m2 = (m2 + count * (mean - center[..., None]) ** 2).sum(-1)
-    return torch.stack([total, center, m2], -1)
-
-
-def backward(
-    dz: Tensor,
-    x: Tensor,
-    saved: Tensor,
-    params: list[Tensor | None],
-    options: dict[str, Any],
-) -> list[Tensor]:
-    """dx, and the gradients of the parameters that are there."""
-    on_it = [None if p is None else p.to(DEVICE) for p in params]
-    factors = [on_device(options.get(name)) for name in ("drop_path", "hidden_drop_path")]
-    dx, *grads = kernels.backward(dz, x, saved, *on_it, *factors, options["act"])
-    return [dx, *(g for g, p in zip(grads, params, strict=True) if p is not None)]
-
-
-def check(case: Case, layout: str, dtype: torch.dtype) -> None:
-    x, params, options, dz = setup(case, dtype)
+def check(case: Case, layout: str, dtype: torch.dtype, autocast: torch.dtype | None = None) -> None:
+    """Everything that forward and backward return; with `autocast`, products in that dtype."""
+    x, params, options, dz = setup(case, autocast or dtype)
     if layout == "expanded" and case.shape[0]:
         x, dz = (t[:1].expand(case.shape) for t in (x, dz))
-    x_there = on_device(x, layout)
-    z, saved, stats = forward(x_there, params, options, return_stats=True)
-    ours = [z, *backward(on_device(dz, layout), x_there, saved, params, options)]
-    eager = cases.run(reference.mlp, x, params, dz, **options)
+    products = [2, 4, 5 if layout == "nchw" else 3]  # the weights and one bias
+    given = params
+    if autocast is not None:  # eager rounds parameters in float32; ours are given rounded
+        x, dz, params = (
+            x.to(dtype),
+            dz.to(dtype),
+            [None if p is None else p.to(dtype) for p in params],
+        )
+        given = [
+            g if i in products else p for i, (p, g) in enumerate(zip(params, given, strict=True))
+        ]
+    with torch.autocast("cpu", autocast, enabled=autocast is not None):
+        eager = cases.run(reference.mlp, x, params, dz, **options)
+        eager.append(hidden_of(x, params, options))
     exact = cases.oracle("mlp", x, params, dz, **options)
-    cases.assert_as_exact_as_eager([t.cpu() for t in ours], eager, exact)
+    doubled = [None if p is None else p.double() for p in params]
+    exact.append(hidden_of(x.double(), doubled, options))
 
-    groups, channels_last = case.num_groups, z.stride(1) == 1
-    assert z.stride() == ours[1].stride() == empty_like_op_output(x_there).stride()
-    assert stats.shape[2] == kernels.stats_partials(x.shape, groups, channels_last, dtype)
-    if case.shape[0]:
-        of_result = reference.statistics(z.cpu().double(), groups)[:, :, 0]
-        torch.testing.assert_close(merged(stats), of_result, rtol=1e-5, atol=1e-5)
+    x_there, dz_there = on_device(x, layout), on_device(dz, layout)
+    strides, groups = empty_like_op_output(x_there).stride(), case.num_groups
+    partials = kernels.stats_partials(x.shape, groups, strides[1] == 1, autocast or dtype, dtype)
+    bits = []
+    # An operator of the interpreter is slow: there, each layout stands for one of the two.
+    for save in (False, True) if not INTERPRETED else (layout == "nchw",):
+        z, saved, stats, hidden = forward(x_there, given, options, None, True, save)
+        kept = hidden if save else None
+        ours = [z, *backward(dz_there, x_there, saved, kept, given, options)]
+        assert z.stride() == ours[1].stride() == strides
+        assert stats.shape[2] == partials and hidden.dtype == (autocast or dtype)
+        ours = [t.cpu().to(e.dtype) for t, e in zip(ours, eager[:-1], strict=True)]
+        ours.append(hidden.cpu() if save else eager[-1])
+        cases.assert_as_exact_as_eager(ours, eager, exact)
+        assert hidden.is_contiguous() and (save or hidden.shape == (0,))
+        bits.append(z)
+        if case.shape[0]:
+            of_result = reference.statistics(z.cpu().double(), groups)[:, :, 0]
+            torch.testing.assert_close(merged(stats), of_result, rtol=1e-5, atol=1e-5)
+    assert torch.equal(bits[0], bits[-1])
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is what it starts")
 def test_in_the_interpreter(run_python: Callable[..., CompletedProcess[str]]) -> None:
     """The tests of this file that need no GPU, in a process of their own."""
-    options = ("-q", "-p", "no:cacheprovider", "-m", "not gpu", "-W", "ignore")
+    options = ("-q", "-p", "no:cacheprovider", "-m", "not gpu and not compile", "-W", "ignore")
     result = run_python("-m", "pytest", *options, __file__, TRITON_INTERPRET="1")
     assert result.returncode == 0, result.stdout[-3000:]
 
@@ -139,6 +125,19 @@ def test_forward_and_gradients_on_a_gpu(case: Case, layout: str, dtype: torch.dt
 
 
 @RUNS
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("dtype", QUICK_DTYPES[1:], ids=str)
+def test_products_in_another_dtype(dtype: torch.dtype, layout: str) -> None:
+    check(Case((2, 16, 5, 3), drop=True, hidden=40), layout, torch.float32, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("case", "layout", "dtype"), MIXED, ids=str)
+def test_products_in_another_dtype_on_a_gpu(case: Case, layout: str, dtype: torch.dtype) -> None:
+    check(case, layout, torch.float32, dtype)
+
+
+@RUNS
 @pytest.mark.parametrize("layout", ["sliced", "permuted", "expanded"])
 def test_layouts_that_are_copied(layout: str) -> None:
     check(CASES[2], layout, torch.float32)
@@ -148,16 +147,16 @@ def test_layouts_that_are_copied(layout: str) -> None:
 def test_given_statistics_are_used_and_merged() -> None:
     for groups in (1, 2):
         x, params, options, _ = setup(Case((2, 12, 6, 8), num_groups=groups, mean=5.0), DTYPES[0])
-        whole, saved, _ = forward(on_device(x), params, options)
+        whole, saved, *_ = forward(on_device(x), params, options)
         halves = [reference.statistics(half, groups) for half in (x[:, :, :2], x[:, :, 2:])]
         stats = torch.cat(halves, 2)
-        parts, saved_too, _ = forward(on_device(x), params, options, on_device(stats))
+        parts, saved_too, *_ = forward(on_device(x), params, options, on_device(stats))
         torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(saved_too, saved, rtol=1e-5, atol=1e-5)
         exact = merged(stats)
         torch.testing.assert_close(saved[..., 0].cpu(), exact[..., 1].float(), rtol=1e-5, atol=1e-6)
         wrong = stats * torch.tensor([1.0, 1.0, 4.0])
-        z, _, _ = forward(on_device(x), params, options, on_device(wrong))
+        z, *_ = forward(on_device(x), params, options, on_device(wrong))
         assert not torch.allclose(z, whole, atol=1e-2)
 
 
@@ -167,9 +166,13 @@ def test_same_bits_on_every_run(shape: tuple[int, int, int, int]) -> None:
     x, params, options, dz = setup(Case(shape, hidden=40), torch.float16)
 
     def results() -> list[Tensor]:
-        z, saved, stats = forward(on_device(x), params, options, return_stats=True)
-        grads = backward(on_device(dz), on_device(x), saved, params, options)
-        return [z, saved, stats, *grads]
+        first = forward(on_device(x), params, options, None, True, True)
+        grads = backward(on_device(dz), on_device(x), first[1], first[3], params, options)
+        return [
+            *first,
+            *grads,
+            *backward(on_device(dz), on_device(x), first[1], None, params, options),
+        ]
 
     for a, b in zip(results(), results(), strict=True):
         assert torch.equal(a, b)
@@ -200,28 +203,12 @@ def test_float32_products_round_only_where_pytorch_may() -> None:
     assert errors[0] < 3e-7 and 1e-5 < errors[1] < 2e-3
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize(
-    ("shape", "passes", "launches"),
-    [((1, 64, 32, 16), 2.2, 1), ((1, 256, 16, 8), 11.3, 2)],
-    ids=str,
-)
-def test_bytes_of_a_forward(shape: tuple[int, int, int, int], passes: float, launches: int) -> None:
-    """Distinct bytes that each launch loads and stores, but for parameters, in passes over x."""
-    simgpu = pytest.importorskip("simgpu", reason="only the simulated GPU counts bytes")
-    x, params, options, _ = setup(Case(shape), torch.bfloat16)
-    x = on_device(x, "channels_last")
-    stats = on_device(reference.statistics(x.cpu(), 1))
-    params = [on_device(p) for p in params]
-    counts, run = [], JITFunction.run
-
-    def counted(self: JITFunction, *args: Any, **kwargs: Any) -> None:
-        run(self, *args, **kwargs)
-        counts.append(simgpu.last_launch())
-
-    with mock.patch.object(JITFunction, "run", counted):
-        forward(x, params, options, stats, return_stats=True)
-    moved = sum(c["unique_load_bytes"] + c["unique_store_bytes"] for c in counts)
-    moved -= sum(p.numel() * p.element_size() for p in params)
-    assert len(counts) == launches
-    assert moved <= passes * x.numel() * x.element_size(), moved / x.numel() / x.element_size()
+@RUNS
+def test_a_constant_image() -> None:
+    """Pixels that fill up a tile are not in its image: (0 − mean) / std of them is infinite."""
+    x, params, options, dz = setup(Case((1, 16, 3, 3)), torch.float16)
+    x = torch.full_like(x, 300.0)
+    z, saved, _, hidden = forward(on_device(x), params, options, save_hidden=True)
+    for kept in (hidden, None):
+        grads = backward(on_device(dz), on_device(x), saved, kept, params, options)
+        assert all(t.isfinite().all() for t in (z, *grads))

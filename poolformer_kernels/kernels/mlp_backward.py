@@ -1,4 +1,4 @@
-"""Gradients of the MLP. The hidden is recomputed; dh and the hidden are stored once, for products.
+"""Gradients of the MLP. h is given or recomputed; dh and a are stored once, for the products.
 
 Symbols: g = dL/dz, k and ka the drop-path factors, x̂ = (x − μ)·r, h = fc1's result, a = ka·act(h),
 dh = dL/dh, dn = dh·W1 = dL/dGN(x), n the number of elements of an image and group,
@@ -42,14 +42,15 @@ def fold_kernel(
 
 @triton.jit
 def hidden_gradient_kernel(
-    dz_ptr, x_ptr, saved_ptr, gamma_ptr, beta_ptr, weight1_ptr, bias1_ptr, weight2_ptr, scale_ptr,
-    drop_ptr, hidden_drop_ptr, folded_ptr, hidden_ptr, gradient_ptr, sums_ptr,
+    dz_ptr, x_ptr, hidden_ptr, saved_ptr, gamma_ptr, beta_ptr, weight1_ptr, bias1_ptr, weight2_ptr,
+    scale_ptr, drop_ptr, hidden_drop_ptr, folded_ptr, activated_ptr, gradient_ptr, sums_ptr,
     rows, channels, hidden, stride_row, stride_channel, group_size,
     ACT: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_HIDDEN: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """hidden = ka·act(h), gradient = dh: (B · rows, hidden); with one group the sums of c2 and c1.
+    """activated = a, gradient = dh: (B · rows, hidden); with one group the sums of c2 and c1.
 
+    hidden: (B · rows, hidden), h, or None: then it is recomputed from x. activated may be None.
     sums: (B, row tiles · hidden tiles, 2). Grid: B · row tiles · hidden tiles.
     """
     column_tiles = tl.cdiv(hidden, BLOCK_HIDDEN)
@@ -66,20 +67,25 @@ def hidden_gradient_kernel(
     saved_ptr += image * (channels // group_size) * 2
     if sums_ptr is not None:
         mean, rstd = tl.load(saved_ptr), tl.load(saved_ptr + 1)
+    mask = row_mask[:, None] & column_mask[None, :]
+    hidden_offsets = (image * rows + row[:, None]) * hidden + column[None, :]
     h = tl.zeros((BLOCK_ROWS, BLOCK_HIDDEN), tl.float32)
     da = tl.zeros((BLOCK_ROWS, BLOCK_HIDDEN), tl.float32)
     for start in range(0, channels, BLOCK_CHANNELS):
         channel = start + tl.arange(0, BLOCK_CHANNELS)
         there = channel < channels
-        if sums_ptr is None:
-            mean, rstd = load_group_norm(saved_ptr, channel, there, group_size)
         offsets = row[:, None] * stride_row + channel[None, :] * stride_channel
-        x = load_normed(x_ptr + offsets, row_mask, channel, there, gamma_ptr, beta_ptr, mean, rstd)
         weight_mask = there[:, None] & column_mask[None, :]
-        weight1 = tl.load(
-            weight1_ptr + column[None, :] * channels + channel[:, None], weight_mask, other=0.0
-        )
-        h = tl.dot(x.to(weight1.dtype), weight1, h, input_precision=PRECISION)
+        if hidden_ptr is None:
+            if sums_ptr is None:
+                mean, rstd = load_group_norm(saved_ptr, channel, there, group_size)
+            x = load_normed(
+                x_ptr + offsets, row_mask, channel, there, gamma_ptr, beta_ptr, mean, rstd
+            )
+            weight1 = tl.load(
+                weight1_ptr + column[None, :] * channels + channel[:, None], weight_mask, other=0.0
+            )
+            h = tl.dot(x.to(weight1.dtype), weight1, h, input_precision=PRECISION)
         dz = tl.load(dz_ptr + offsets, row_mask[:, None] & there[None, :], other=0.0)
         dz = dz.to(tl.float32) * per_channel(scale_ptr, channel, there)[None, :]
         weight2 = tl.load(
@@ -87,15 +93,17 @@ def hidden_gradient_kernel(
         )
         da = tl.dot(dz.to(weight2.dtype), weight2, da, input_precision=PRECISION)
 
-    if bias1_ptr is not None:
+    if hidden_ptr is not None:
+        h = tl.load(hidden_ptr + hidden_offsets, mask, other=0.0).to(tl.float32)
+    elif bias1_ptr is not None:
         h += per_channel(bias1_ptr, column, column_mask)[None, :]
     value, slope = activate_with_slope(h, ACT)
     ka = per_image(hidden_drop_ptr, image)
-    mask = row_mask[:, None] & column_mask[None, :]
-    offsets = (image * rows + row[:, None]) * hidden + column[None, :]
-    tl.store(hidden_ptr + offsets, (value * ka).to(hidden_ptr.dtype.element_ty), mask)
+    if activated_ptr is not None:
+        activated = (value * ka).to(activated_ptr.dtype.element_ty)
+        tl.store(activated_ptr + hidden_offsets, activated, mask)
     dh = (da * slope * (ka * per_image(drop_ptr, image))).to(gradient_ptr.dtype.element_ty)
-    tl.store(gradient_ptr + offsets, dh, mask)
+    tl.store(gradient_ptr + hidden_offsets, dh, mask)
     if sums_ptr is not None:
         dh = tl.where(mask, dh.to(tl.float32), 0.0)
         weight_sum = tl.load(folded_ptr + column, column_mask, other=0.0)

@@ -15,7 +15,7 @@ from .mlp_gemm import load_normed, scale_branch, store_tile_statistics
 @triton.jit
 def fused_kernel(
     x_ptr, stats_ptr, saved_ptr, gamma_ptr, beta_ptr, weight1_ptr, bias1_ptr, weight2_ptr,
-    bias2_ptr, scale_ptr, drop_ptr, hidden_drop_ptr, z_ptr, stats_out_ptr,
+    bias2_ptr, scale_ptr, drop_ptr, hidden_drop_ptr, z_ptr, stats_out_ptr, hidden_ptr,
     rows, hidden, stride_row, stride_channel, partials, eps,
     ACT: tl.constexpr, MERGED_AT_ONCE: tl.constexpr, CHANNELS: tl.constexpr,
     BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_ROWS: tl.constexpr,
@@ -23,6 +23,8 @@ def fused_kernel(
 ):  # fmt: skip
     """z = x + k·ls·(ka·act(GN(x)·W1ᵀ + b1)·W2ᵀ + b2), for one group.
 
+    x, z: float32 or the weights' dtype, which is that of the products' operands. hidden:
+    (B · rows, hidden) or None, the first product before the activation, for a backward.
     BLOCK_A, BLOCK_B: channels of the two parts; B may be 0. Statistics: two rows a program if B.
     Grid: B · row tiles.
     """
@@ -36,9 +38,11 @@ def fused_kernel(
         tl.store(saved_ptr + image * 2, mean)
         tl.store(saved_ptr + image * 2 + 1, rstd)
 
-    dtype = x_ptr.dtype.element_ty
+    dtype = weight1_ptr.dtype.element_ty
     x_ptr += image * rows * CHANNELS
     z_ptr += image * rows * CHANNELS
+    if hidden_ptr is not None:
+        hidden_ptr += (image * rows + row_tile * BLOCK_ROWS) * hidden
     channel_a = tl.arange(0, BLOCK_A)
     there_a = channel_a < CHANNELS
     offsets_a = row[:, None] * stride_row + channel_a[None, :] * stride_channel
@@ -73,6 +77,12 @@ def fused_kernel(
             h = tl.dot(normed_b, weight, h, input_precision=PRECISION)
         if bias1_ptr is not None:
             h += per_channel(bias1_ptr, unit, unit_mask)[None, :]
+        if hidden_ptr is not None:
+            tl.store(
+                hidden_ptr + tl.arange(0, BLOCK_ROWS)[:, None] * hidden + unit[None, :],
+                h.to(dtype),
+                row_mask[:, None] & unit_mask[None, :],
+            )
         h = activate(h, ACT).to(dtype)
         weight = tl.load(
             weight2_ptr + channel_a[None, :] * hidden + unit[:, None],
@@ -93,7 +103,8 @@ def fused_kernel(
         acc_a, bias2_ptr, scale_ptr, drop_ptr, hidden_drop_ptr, image, channel_a, there_a
     )
     mask = row_mask[:, None] & there_a[None, :]
-    z = (tl.load(x_ptr + offsets_a, mask, other=0.0).to(tl.float32) + acc_a).to(dtype)
+    z = tl.load(x_ptr + offsets_a, mask, other=0.0).to(tl.float32) + acc_a
+    z = z.to(z_ptr.dtype.element_ty)
     tl.store(z_ptr + offsets_a, z, mask)
     index = tl.program_id(0).to(tl.int64) * (2 if BLOCK_B > 0 else 1)
     if stats_out_ptr is not None:
@@ -104,7 +115,8 @@ def fused_kernel(
             acc_b, bias2_ptr, scale_ptr, drop_ptr, hidden_drop_ptr, image, channel_b, there_b
         )
         mask = row_mask[:, None] & there_b[None, :]
-        z = (tl.load(x_ptr + offsets_b, mask, other=0.0).to(tl.float32) + acc_b).to(dtype)
+        z = tl.load(x_ptr + offsets_b, mask, other=0.0).to(tl.float32) + acc_b
+        z = z.to(z_ptr.dtype.element_ty)
         tl.store(z_ptr + offsets_b, z, mask)
         if stats_out_ptr is not None:
             width = CHANNELS - BLOCK_A

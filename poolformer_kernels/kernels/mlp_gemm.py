@@ -32,17 +32,18 @@ def store_tile_statistics(stats_ptr, index, values, mask, height, width):
 
 @triton.jit
 def load_normed(ptr, row_mask, columns, column_mask, gamma_ptr, beta_ptr, mean, rstd):
-    """(x − mean)·rstd·γ + β of a tile, in float32; 0 where columns are not there.
+    """(x − mean)·rstd·γ + β of a tile, in float32; 0 where rows or columns are not there.
 
     mean, rstd: scalars, or (1, columns).
     """
-    x = tl.load(ptr, row_mask[:, None] & column_mask[None, :], other=0.0).to(tl.float32)
+    mask = row_mask[:, None] & column_mask[None, :]
+    x = tl.load(ptr, mask, other=0.0).to(tl.float32)
     x = (x - mean) * rstd
     if gamma_ptr is not None:
         x *= per_channel(gamma_ptr, columns, column_mask)[None, :]
     if beta_ptr is not None:
         x += per_channel(beta_ptr, columns, column_mask)[None, :]
-    return tl.where(column_mask[None, :], x, 0.0)
+    return tl.where(mask, x, 0.0)
 
 
 @triton.jit
@@ -62,6 +63,7 @@ def hidden_kernel(
     beta_ptr,
     weight_ptr,
     bias_ptr,
+    activated_ptr,
     hidden_ptr,
     rows,
     channels,
@@ -79,7 +81,7 @@ def hidden_kernel(
     BLOCK_CHANNELS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """hidden = act(GN(x)·W1ᵀ + b1): (B · rows, hidden).
+    """hidden = GN(x)·W1ᵀ + b1, where it is wanted, and activated = act(hidden): (B · rows, hidden).
 
     With one group, each program merges stats: (B, 1, P, 3), and one an image writes saved:
     (B, 1, 2). With more, saved is given. Grid: B · row tiles · hidden tiles.
@@ -117,11 +119,13 @@ def hidden_kernel(
         acc = tl.dot(x.to(weight.dtype), weight, acc, input_precision=PRECISION)
     if bias_ptr is not None:
         acc += per_channel(bias_ptr, column, column_mask)[None, :]
-    tl.store(
-        hidden_ptr + (image * rows + row[:, None]) * hidden + column[None, :],
-        activate(acc, ACT).to(hidden_ptr.dtype.element_ty),
-        row_mask[:, None] & column_mask[None, :],
-    )
+    mask = row_mask[:, None] & column_mask[None, :]
+    first = (image * rows + row_tile * BLOCK_ROWS) * hidden
+    offsets = tl.arange(0, BLOCK_ROWS)[:, None] * hidden + column[None, :]
+    if hidden_ptr is not None:
+        tl.store(hidden_ptr + first + offsets, acc.to(hidden_ptr.dtype.element_ty), mask)
+    activated = activate(acc, ACT).to(activated_ptr.dtype.element_ty)
+    tl.store(activated_ptr + first + offsets, activated, mask)
 
 
 @triton.jit
@@ -136,7 +140,7 @@ def scale_branch(acc, bias_ptr, scale_ptr, drop_ptr, hidden_drop_ptr, image, col
 
 @triton.jit
 def residual_kernel(
-    hidden_ptr,
+    activated_ptr,
     weight_ptr,
     bias_ptr,
     x_ptr,
@@ -155,7 +159,7 @@ def residual_kernel(
     BLOCK_HIDDEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """z = x + k·ls·(ka·hidden·W2ᵀ + b2), and z's statistics, one part a program.
+    """z = x + k·ls·(ka·activated·W2ᵀ + b2), and z's statistics, one part a program.
 
     Grid: B · row tiles · channel tiles.
     """
@@ -169,13 +173,13 @@ def residual_kernel(
     row_mask, column_mask = row < rows, column < channels
 
     local_row = tl.arange(0, BLOCK_ROWS)
-    hidden_ptr += (image * rows + row_tile * BLOCK_ROWS) * hidden
+    activated_ptr += (image * rows + row_tile * BLOCK_ROWS) * hidden
     acc = tl.zeros((BLOCK_ROWS, BLOCK_CHANNELS), tl.float32)
     for start in range(0, hidden, BLOCK_HIDDEN):
         unit = start + tl.arange(0, BLOCK_HIDDEN)
         there = unit < hidden
         activated = tl.load(
-            hidden_ptr + local_row[:, None] * hidden + unit[None, :],
+            activated_ptr + local_row[:, None] * hidden + unit[None, :],
             row_mask[:, None] & there[None, :],
             other=0.0,
         )

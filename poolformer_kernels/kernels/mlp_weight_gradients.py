@@ -9,20 +9,22 @@ import triton
 import triton.language as tl
 
 from ._common import per_channel, per_image
+from .activations import activate
 from .mlp_gemm import load_group_norm, load_normed
 
 
 @triton.jit
 def weight_parts_kernel(
-    gradient_ptr, hidden_ptr, dz_ptr, x_ptr, saved_ptr, drop_ptr,
+    gradient_ptr, activated_ptr, hidden_ptr, dz_ptr, x_ptr, saved_ptr, drop_ptr, hidden_drop_ptr,
     products_ptr, unit_sums_ptr, channel_sums_ptr,
     rows, channels, hidden, stride_row, stride_channel, group_size, row_tiles, tiles_a_part,
-    ONE_GROUP: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_HIDDEN: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr, PRECISION: tl.constexpr,
+    ACT: tl.constexpr, ONE_GROUP: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    BLOCK_HIDDEN: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Parts of E and D: (parts, 2, hidden, C); of e: (parts, hidden); of d: (parts, C).
 
-    row_tiles: of all images. Grid: parts · hidden tiles · channel tiles.
+    activated: a, or None: then it is computed from hidden, h. row_tiles: of all images.
+    Grid: parts · hidden tiles · channel tiles.
     """
     unit_tiles = tl.cdiv(hidden, BLOCK_HIDDEN)
     channel_tiles = tl.cdiv(channels, BLOCK_CHANNELS)
@@ -60,7 +62,11 @@ def weight_parts_kernel(
         offsets = (image * rows + row[None, :]) * hidden + unit[:, None]
         mask = unit_mask[:, None] & row_mask[None, :]
         dh = tl.load(gradient_ptr + offsets, mask, other=0.0)
-        activated = tl.load(hidden_ptr + offsets, mask, other=0.0)
+        if activated_ptr is not None:
+            activated = tl.load(activated_ptr + offsets, mask, other=0.0)
+        else:
+            h = tl.load(hidden_ptr + offsets, mask, other=0.0).to(tl.float32)
+            activated = (activate(h, ACT) * per_image(hidden_drop_ptr, image)).to(dh.dtype)
         e = tl.dot(dh, x.to(dh.dtype), e, input_precision=PRECISION)
         d = tl.dot(activated, dz.to(dh.dtype), d, input_precision=PRECISION)
         unit_sum += tl.sum(dh.to(tl.float32), 1)
@@ -104,18 +110,17 @@ def weight_gradients_kernel(
         d += tl.load(products_ptr + offsets, mask, other=0.0)
         products_ptr += hidden * channels
         unit_sum += tl.load(unit_sums_ptr + part * hidden + unit, unit_mask, other=0.0)
-    dtype = dweight1_ptr.dtype.element_ty
     if channel_tile == 0:
-        tl.store(dbias1_ptr + unit, unit_sum.to(dtype), unit_mask)
+        tl.store(dbias1_ptr + unit, unit_sum.to(dbias1_ptr.dtype.element_ty), unit_mask)
 
     dweight1 = e * per_channel(gamma_ptr, channel, channel_mask)[None, :]
     if beta_ptr is not None:
         beta = per_channel(beta_ptr, channel, channel_mask)
         dweight1 += unit_sum[:, None] * beta[None, :]
-    tl.store(dweight1_ptr + offsets, dweight1.to(dtype), mask)
+    tl.store(dweight1_ptr + offsets, dweight1.to(dweight1_ptr.dtype.element_ty), mask)
     transposed = channel[None, :] * hidden + unit[:, None]
     dweight2 = d * per_channel(scale_ptr, channel, channel_mask)[None, :]
-    tl.store(dweight2_ptr + transposed, dweight2.to(dtype), mask)
+    tl.store(dweight2_ptr + transposed, dweight2.to(dweight2_ptr.dtype.element_ty), mask)
 
     weight1 = tl.load(weight1_ptr + offsets, mask, other=0.0).to(tl.float32)
     weight2 = tl.load(weight2_ptr + transposed, mask, other=0.0).to(tl.float32)
@@ -153,4 +158,4 @@ def vector_gradients_kernel(
     tl.store(dbeta_ptr + channel, dbeta.to(dtype), mask)
     tl.store(dscale_ptr + channel, dscale.to(dtype), mask)
     dbias2 = channel_sum * per_channel(scale_ptr, channel, mask)
-    tl.store(dbias2_ptr + channel, dbias2.to(dtype), mask)
+    tl.store(dbias2_ptr + channel, dbias2.to(dbias2_ptr.dtype.element_ty), mask)
