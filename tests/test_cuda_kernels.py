@@ -16,7 +16,7 @@ from conftest import ROOT
 from kernel_checks import NO_CUDA, Kernels
 
 import build_plan
-from poolformer_kernels import _extension
+from poolformer_kernels import _extension, reference
 
 BUILT = pytest.mark.skipif(NO_CUDA, reason="CUDA kernels are not built here")
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
@@ -32,7 +32,7 @@ def test_every_element_has_one_place(tmp_path: Path) -> None:
     flags = ["-std=c++17", "-O1", "-Wall", "-Werror", f"-I{ROOT / 'csrc'}"]
     subprocess.run([*compiler.split(), *flags, str(source), "-o", str(program)], check=True)
     done = subprocess.run([str(program)], capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.startswith("checked 60"), done.stdout
+    assert done.returncode == 0 and done.stdout.startswith("checked 64"), done.stdout
 
 
 @BUILT
@@ -169,10 +169,17 @@ def test_images_too_large_for_32_bits_are_refused() -> None:
 
 @pytest.mark.gpu
 @BUILT
-def test_batches_of_too_many_blocks_are_refused() -> None:
-    x = torch.empty(1, device="cuda").expand(2**19, 4096, 1, 1)
-    with pytest.raises(ValueError, match=r"needs 2147483648 blocks, .* Split the batch"):
-        _extension.load().cuda_group_norm_forward(x, None, None, None, 4096, 1e-5)
+@pytest.mark.slow
+def test_more_images_than_a_grid_has_in_z() -> None:
+    case, kernels = Case((65537, 1, 1, 2)), Kernels("pool_mixer", "cuda")
+    x, params = torch.randn(case.shape), [torch.rand(1) for _ in range(3)]
+    stats = reference.statistics(x, 1).cuda()
+    y, saved, _ = kernels.forward(case, x.cuda(), params, stats=stats)
+    torch.testing.assert_close(y.cpu(), reference.pool_mixer(x, *params), rtol=1e-4, atol=1e-4)
+    dx, dgamma, *_ = kernels.backward(case, x.cuda(), x.cuda(), saved, params)
+    exact = reference.pool_mixer_backward(x, x, saved.cpu(), params[0], params[2], None, 3)
+    torch.testing.assert_close(dx.cpu(), exact[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(dgamma.cpu(), exact[1], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.compile

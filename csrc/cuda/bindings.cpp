@@ -29,8 +29,8 @@ std::tuple<Tensor, Tensor, Tensor> pool_mixer_forward(const Tensor& x, const Opt
   check_stats(op, stats, num_groups, x);
 
   const Input in(x, num_groups);
-  cuda::PoolMixerArgs args{};
-  args.image = in.image, args.tiling = cuda::choose_tiling(in.image);
+  cuda::PoolMixerArgs args{in.image};
+  args.tiling = cuda::choose_tiling(in.image);
   Tensor y = in.like_x(), saved = in.floats({in.image.batch, num_groups, 2});
   Tensor stats_out = return_stats ? in.floats({in.image.batch, num_groups, args.tiling.blocks(), 3})
                                   : in.floats({0});
@@ -64,8 +64,8 @@ std::tuple<Tensor, Tensor> group_norm_forward(const Tensor& x, const OptionalTen
   if (in.image.batch == 0) return {y, saved};
   const Tensor partials = cuda::statistics_of(op, in, stats);
   const Dense gamma(weight), beta(bias);
-  cuda::GroupNormArgs args{};
-  args.image = in.image, args.x = in.x.const_data_ptr(), args.y = y.mutable_data_ptr();
+  cuda::GroupNormArgs args{in.image};
+  args.x = in.x.const_data_ptr(), args.y = y.mutable_data_ptr();
   args.stats = partials.const_data_ptr<float>();
   args.partials = static_cast<int>(partials.size(2)), args.eps = static_cast<float>(eps);
   args.weight = gamma.data(), args.bias = beta.data();
@@ -105,8 +105,8 @@ std::tuple<Tensor, Tensor, Tensor> pool_mixer_backward(
 
   const Input in(x, num_groups);
   const Tensor mean_rstd = moments(op, saved, x), g = gradient(op, dy, x, in.x);
-  cuda::PoolMixerBackwardArgs args{};
-  args.image = in.image, args.tiling = cuda::choose_tiling(in.image);
+  cuda::PoolMixerBackwardArgs args{in.image};
+  args.tiling = cuda::choose_tiling(in.image);
   args.reduction = cuda::choose_row_reduction(in.image);
   Tensor dx = in.like_x(), dgamma = at::empty({x.size(1)}, x.options()),
          dscale = at::empty({x.size(1)}, x.options());
@@ -135,8 +135,8 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_backward(const Tensor& dy, const T
 
   const Input in(x, num_groups);
   const Tensor mean_rstd = moments(op, saved, x), g = gradient(op, dy, x, in.x);
-  cuda::GroupNormBackwardArgs args{};
-  args.image = in.image, args.reduction = cuda::choose_pixel_reduction(in.image);
+  cuda::GroupNormBackwardArgs args{in.image};
+  args.reduction = cuda::choose_pixel_reduction(in.image);
   Tensor dx = in.like_x(), dweight = at::empty({x.size(1)}, x.options()),
          dbias = at::empty({x.size(1)}, x.options());
   Tensor channel_sums = in.floats({2, in.image.batch, args.reduction.parts, in.image.channels});
@@ -156,11 +156,9 @@ int64_t stats_partials(const std::string& op, int64_t channels, int64_t height, 
   if (op == "mlp") return cuda::mlp_partials(height * width, channels, num_groups, itemsize);
   TORCH_CHECK_VALUE(op == "pool_mixer", "cuda_stats_partials: op is '", op,
                     "'; the CUDA kernels of 'pool_mixer' and 'mlp' return statistics.");
-  cuda::Image image{};
-  image.dtype = itemsize == 4 ? cuda::Dtype::kFloat32 : cuda::Dtype::kBFloat16;
-  image.channels_last = channels_last, image.batch = 1, image.groups = static_cast<int>(num_groups);
-  image.channels = static_cast<int>(channels);
-  image.height = static_cast<int>(height), image.width = static_cast<int>(width);
+  const cuda::Image image(itemsize == 4 ? cuda::Dtype::kFloat32 : cuda::Dtype::kBFloat16,
+                          channels_last, 1, static_cast<int>(channels), static_cast<int>(height),
+                          static_cast<int>(width), static_cast<int>(num_groups));
   return cuda::choose_tiling(image).blocks();
 }
 

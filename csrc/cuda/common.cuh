@@ -5,6 +5,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstring>
 #include <type_traits>
 
@@ -12,7 +13,13 @@
 
 namespace poolformer::cuda {
 
-constexpr int kBlocks = 3;  // of a multiprocessor, so up to 80 registers: more do not spill
+// Three blocks a multiprocessor; with __launch_bounds__(kThreads, 3) ptxas stops at 80 registers
+// and spills.
+#if CUDART_VERSION >= 12040
+#define POOLFORMER_BOUNDS __maxnreg__(88)
+#else
+#define POOLFORMER_BOUNDS __launch_bounds__(kThreads, 2)
+#endif
 
 __device__ __forceinline__ float to_float(float v) { return v; }
 __device__ __forceinline__ float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
@@ -142,6 +149,21 @@ __device__ __forceinline__ void branch_scale(const Parameters& p, float k, int c
   load_parameter<T>(p.layer_scale, channel, 1.f, layer_scale);
 #pragma unroll
   for (int i = 0; i < V; ++i) scale[i] = k * (scale[i] * layer_scale[i]);
+}
+
+// Calls launch(groups, first) for all image groups, as many at a time as a grid has in z: a
+// kernel's group is first + blockIdx.z.
+template <class Launch>
+void for_groups(const Image& image, Launch&& launch) {
+  const int64_t all = image.image_groups();
+  for (int64_t first = 0; first < all; first += kMostParts) {
+    launch(static_cast<unsigned>(std::min<int64_t>(all - first, kMostParts)), first);
+  }
+}
+
+// The block and group of a kernel that goes from the last to the first.
+__device__ __forceinline__ dim3 reversed_block() {
+  return dim3(gridDim.x - 1 - blockIdx.x, gridDim.y - 1 - blockIdx.y, gridDim.z - 1 - blockIdx.z);
 }
 
 // Calls launch(T{}) with the C++ type of `dtype`.

@@ -6,24 +6,26 @@ namespace {
 
 // From the last image to the first, as in pool_mixer.cu.
 template <class T, int V>
-__global__ void __launch_bounds__(kThreads, kBlocks) group_norm_kernel(GroupNormArgs args) {
+__global__ void POOLFORMER_BOUNDS group_norm_kernel(GroupNormArgs args, int64_t first_group) {
   const Image& image = args.image;
-  const Span span = span_of(image, V, gridDim.x - 1 - blockIdx.x, threadIdx.x);
-  const T* x = static_cast<const T*>(args.x) + span.offset;
+  const dim3 block = reversed_block();
+  const Group group(image, first_group + block.z);
+  const int vectors = image.group_size() / V;
+  const T* x = static_cast<const T*>(args.x) + group.offset;
   Pack<T, V> raw[kUnroll];
 #pragma unroll
   for (int u = 0; u < kUnroll; ++u) {
-    const int index = span.first + u * kThreads;
-    if (index < span.vectors) raw[u] = load<V>(x + offset_in_group(image, V, index));
+    const int index = span_index(block.x, threadIdx.x, u);
+    if (index < vectors) raw[u] = load<V>(x + offset_in_group(image, V, index));
   }
-  const Moments moments = block_moments(args.stats, args.partials, args.eps, span.image_group,
-                                        span.block == 0, args.saved);
-  T* y = static_cast<T*>(args.y) + span.offset;
+  const Moments moments =
+      block_moments(args.stats, args.partials, args.eps, group.number, block.x == 0, args.saved);
+  T* y = static_cast<T*>(args.y) + group.offset;
 #pragma unroll
   for (int u = 0; u < kUnroll; ++u) {
-    const int index = span.first + u * kThreads;
-    if (index >= span.vectors) break;
-    const int channel = span.first_channel + channel_in_group(image, V, index);
+    const int index = span_index(block.x, threadIdx.x, u);
+    if (index >= vectors) break;
+    const int channel = group.first_channel + channel_in_group(image, V, index);
     float values[V], weight[V], bias[V];
     unpack(raw[u], values);
     load_parameter<T>(args.weight, channel, 1.f, weight);
@@ -40,16 +42,14 @@ __global__ void __launch_bounds__(kThreads, kBlocks) group_norm_kernel(GroupNorm
 
 cudaError_t group_norm(const GroupNormArgs& args, cudaStream_t stream) {
   const Image& image = args.image;
-  const int vector = image.vector();
-  const auto blocks =
-      static_cast<unsigned>(image.batch * image.groups * span_blocks(image, vector));
   return with_type(image.dtype, [&](auto value) {
     using T = decltype(value);
-    if (vector > 1) {
-      group_norm_kernel<T, kFullVector<T>><<<blocks, kThreads, 0, stream>>>(args);
-    } else {
-      group_norm_kernel<T, 1><<<blocks, kThreads, 0, stream>>>(args);
-    }
+    const auto kernel =
+        image.vector > 1 ? group_norm_kernel<T, kFullVector<T>> : group_norm_kernel<T, 1>;
+    for_groups(image, [&](unsigned groups, int64_t first) {
+      const dim3 grid(span_blocks(image, image.vector), 1, groups);
+      kernel<<<grid, kThreads, 0, stream>>>(args, first);
+    });
   });
 }
 

@@ -7,23 +7,25 @@ namespace poolformer::cuda {
 namespace {
 
 template <class T, int V>
-__global__ void __launch_bounds__(kThreads, kBlocks) reduce_kernel(GroupNormBackwardArgs args) {
+__global__ void POOLFORMER_BOUNDS reduce_kernel(GroupNormBackwardArgs args, int64_t first_group) {
   const Image& image = args.image;
   const Reduction& r = args.reduction;
+  const Group group(image, first_group + blockIdx.z);
   const ReductionPlace place = place_of(image, r, blockIdx.x, threadIdx.x);
-  const float mean = __ldg(args.saved + place.image_group * 2);
-  const float rstd = __ldg(args.saved + place.image_group * 2 + 1);
+  const int part = blockIdx.y, stride = image.column_stride();
+  const float mean = __ldg(args.saved + group.number * 2);
+  const float rstd = __ldg(args.saved + group.number * 2 + 1);
   float products[V] = {}, gradients[V] = {};
   if (place.inside) {
-    const T* dy = static_cast<const T*>(args.dy) + place.offset;
-    const T* x = static_cast<const T*>(args.x) + place.offset;
-    const int first = place.part * r.steps * r.columns;
+    const T* dy = static_cast<const T*>(args.dy) + group.offset + place.offset;
+    const T* x = static_cast<const T*>(args.x) + group.offset + place.offset;
+    const int first = part * r.steps * r.columns;
     const int end = min(first + r.steps * r.columns, image.pixels());
 #pragma unroll 2
     for (int pixel = first + place.column; pixel < end; pixel += r.columns) {
       float g[V], values[V];
-      unpack(load<V>(dy + pixel * image.column_stride()), g);
-      unpack(load<V>(x + pixel * image.column_stride()), values);
+      unpack(load<V>(dy + pixel * stride), g);
+      unpack(load<V>(x + pixel * stride), values);
 #pragma unroll
       for (int i = 0; i < V; ++i) {
         products[i] += g[i] * (values[i] - mean);
@@ -36,10 +38,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks) reduce_kernel(GroupNormBack
   sum_columns(r, place, products, product_sums);
   sum_columns(r, place, gradients, gradient_sums);
   const int64_t rows = image.batch * r.parts;
-  float* row = args.channel_sums + (place.image * r.parts + place.part) * image.channels;
+  float* row = args.channel_sums + (group.image * r.parts + part) * image.channels;
   float totals[2] = {0.f, 0.f};
   for (int c = threadIdx.x; c < place.last - place.first_channel; c += blockDim.x) {
-    const int channel = place.first_channel + c;
+    const int channel = group.first_channel + place.first_channel + c;
     const float product = rstd * product_sums[c], gradient = gradient_sums[c];
     row[channel] = product;
     row[rows * image.channels + channel] = gradient;
@@ -50,39 +52,42 @@ __global__ void __launch_bounds__(kThreads, kBlocks) reduce_kernel(GroupNormBack
   }
   block_sum(totals, slots);
   if (threadIdx.x < 2) {
-    args.group_sums[(place.image_group * r.blocks() + place.tile) * 2 + threadIdx.x] =
+    const int tile = part * r.channel_blocks + blockIdx.x;
+    args.group_sums[(group.number * r.blocks() + tile) * 2 + threadIdx.x] =
         threadIdx.x == 0 ? totals[0] : totals[1];
   }
 }
 
 template <class T, int V>
-__global__ void __launch_bounds__(kThreads, kBlocks) apply_kernel(GroupNormBackwardArgs args) {
+__global__ void POOLFORMER_BOUNDS apply_kernel(GroupNormBackwardArgs args, int64_t first_group) {
   const Image& image = args.image;
-  const Span span = span_of(image, V, gridDim.x - 1 - blockIdx.x, threadIdx.x);
-  const T* dy = static_cast<const T*>(args.dy) + span.offset;
-  const T* x = static_cast<const T*>(args.x) + span.offset;
+  const dim3 block = reversed_block();
+  const Group group(image, first_group + block.z);
+  const int vectors = image.group_size() / V;
+  const T* dy = static_cast<const T*>(args.dy) + group.offset;
+  const T* x = static_cast<const T*>(args.x) + group.offset;
   Pack<T, V> raw_dy[kUnroll], raw_x[kUnroll];
 #pragma unroll
   for (int u = 0; u < kUnroll; ++u) {
-    const int index = span.first + u * kThreads;
-    if (index < span.vectors) {
+    const int index = span_index(block.x, threadIdx.x, u);
+    if (index < vectors) {
       raw_dy[u] = load<V>(dy + offset_in_group(image, V, index));
       raw_x[u] = load<V>(x + offset_in_group(image, V, index));
     }
   }
   const int partials = args.reduction.blocks();
   float totals[2];
-  group_totals(args.group_sums + span.image_group * partials * 2, partials, totals);
-  const float mean = __ldg(args.saved + span.image_group * 2);
-  const float rstd = __ldg(args.saved + span.image_group * 2 + 1);
+  group_totals(args.group_sums + group.number * partials * 2, partials, totals);
+  const float mean = __ldg(args.saved + group.number * 2);
+  const float rstd = __ldg(args.saved + group.number * 2 + 1);
   const float size = static_cast<float>(image.group_size());
   const float along_x = totals[0] * rstd / size, along_one = totals[1] / size;
-  T* dx = static_cast<T*>(args.dx) + span.offset;
+  T* dx = static_cast<T*>(args.dx) + group.offset;
 #pragma unroll
   for (int u = 0; u < kUnroll; ++u) {
-    const int index = span.first + u * kThreads;
-    if (index >= span.vectors) break;
-    const int channel = span.first_channel + channel_in_group(image, V, index);
+    const int index = span_index(block.x, threadIdx.x, u);
+    if (index >= vectors) break;
+    const int channel = group.first_channel + channel_in_group(image, V, index);
     float g[V], values[V], gamma[V];
     unpack(raw_dy[u], g);
     unpack(raw_x[u], values);
@@ -113,12 +118,16 @@ __global__ void __launch_bounds__(kSummingWarps* kWarp)
 
 template <class T, int V>
 void reduce_and_apply(const GroupNormBackwardArgs& args, cudaStream_t stream) {
-  const int64_t groups = args.image.batch * args.image.groups;
-  const auto reducing = static_cast<unsigned>(groups * args.reduction.blocks());
-  reduce_kernel<T, V><<<reducing, args.reduction.threads, 0, stream>>>(args);
+  const Reduction& r = args.reduction;
+  for_groups(args.image, [&](unsigned groups, int64_t first) {
+    const dim3 grid(r.channel_blocks, r.parts, groups);
+    reduce_kernel<T, V><<<grid, r.threads, 0, stream>>>(args, first);
+  });
   if (cudaPeekAtLastError() != cudaSuccess) return;
-  const auto applying = static_cast<unsigned>(groups * span_blocks(args.image, V));
-  apply_kernel<T, V><<<applying, kThreads, 0, stream>>>(args);
+  for_groups(args.image, [&](unsigned groups, int64_t first) {
+    const dim3 grid(span_blocks(args.image, V), 1, groups);
+    apply_kernel<T, V><<<grid, kThreads, 0, stream>>>(args, first);
+  });
 }
 
 }  // namespace
@@ -126,14 +135,12 @@ void reduce_and_apply(const GroupNormBackwardArgs& args, cudaStream_t stream) {
 cudaError_t group_norm_backward(const GroupNormBackwardArgs& args, cudaStream_t stream) {
   return with_type(args.image.dtype, [&](auto value) {
     using T = decltype(value);
-    if (args.image.batch > 0) {
-      if (args.reduction.vector > 1) {
-        reduce_and_apply<T, kFullVector<T>>(args, stream);
-      } else {
-        reduce_and_apply<T, 1>(args, stream);
-      }
-      if (cudaPeekAtLastError() != cudaSuccess) return;
+    if (args.image.vector > 1) {
+      reduce_and_apply<T, kFullVector<T>>(args, stream);
+    } else {
+      reduce_and_apply<T, 1>(args, stream);
     }
+    if (cudaPeekAtLastError() != cudaSuccess) return;
     parameters_kernel<T>
         <<<ceil_div(args.image.channels, kSummedChannels), kSummingWarps * kWarp, 0, stream>>>(
             args);

@@ -18,13 +18,11 @@ struct Parameters {
 // sm_80 and compute_80; 0 where none of this build's runs there.
 int architecture();
 
-// Blocks that the largest launch of any op has for each group.
-int most_blocks(const Image& image);
-
 // stats: (batch, groups, statistics_partials(image), 3) of x.
 int statistics_partials(const Image& image);
 cudaError_t statistics(const Image& image, const void* x, float* stats, cudaStream_t stream);
 
+// The launches return the first error of a launch; a batch of 0 is launched nothing for.
 struct PoolMixerArgs {
   Image image;
   Tiling tiling;

@@ -11,81 +11,91 @@ constexpr int kReducingBlocksOfSm = 2;  // with 3 it spills
 
 template <class Pool>
 __global__ void __launch_bounds__(kThreads, kReducingBlocksOfSm)
-    reduce_kernel(PoolMixerBackwardArgs args) {
+    reduce_kernel(PoolMixerBackwardArgs args, int64_t first_group) {
   using T = typename Pool::Type;
   constexpr int V = Pool::kVector;
   const Image& image = args.image;
   const Reduction& r = args.reduction;
+  const Group group(image, first_group + blockIdx.z);
   const ReductionPlace place = place_of(image, r, blockIdx.x, threadIdx.x);
-  const float mean = __ldg(args.saved + place.image_group * 2);
-  const int first = place.part * r.steps, end = min(first + r.steps, image.height);
+  const int part = blockIdx.y, column_stride = image.column_stride();
+  const int first = part * r.steps, end = min(first + r.steps, image.height);
+  const float mean = __ldg(args.saved + group.number * 2);
   float products[V] = {};
   if (place.inside) {
-    const Lane<T, V> dy(image, args.dy, place.offset, 0);
     for (int column = place.column; column < image.width; column += r.columns) {
-      Pool pool({image, args.x, place.offset, column}, args.radius);
+      const int64_t lane = group.offset + (place.offset + column * column_stride);
+      const T* dy = static_cast<const T*>(args.dy) + lane + first * image.row_stride();
+      Pool pool({image, args.x, lane, column}, args.radius);
       pool.prefetch(first, end);
       pool.begin(first, mean);
       for (int row = first; row < end; ++row) {
-        float g[V], pooled[V], own[V];
-        const Pack<T, V> raw = dy.at(row, column);
-        pool.next(row, pooled, own);
+        float g[V], difference[V], own[V];
+        const Pack<T, V> raw = load<V>(dy);
+        dy += image.row_stride();
+        pool.next(row, difference, own);
         unpack(raw, g);
 #pragma unroll
-        for (int i = 0; i < V; ++i) products[i] += g[i] * (pooled[i] - (own[i] - mean));
+        for (int i = 0; i < V; ++i) products[i] += g[i] * difference[i];
       }
     }
   }
 
   __shared__ float sums[kThreads * V], slots[1][kMostWarps];
   sum_columns(r, place, products, sums);
-  const float k = image_factor<T>(args.parameters, place.image);
-  const float factor = k * __ldg(args.saved + place.image_group * 2 + 1);
-  float* row = args.channel_sums + (place.image * r.parts + place.part) * image.channels;
+  const float k = image_factor<T>(args.parameters, group.image);
+  const float factor = k * __ldg(args.saved + group.number * 2 + 1);
+  float* row = args.channel_sums + (group.image * r.parts + part) * image.channels;
   float t[1] = {0.f};
   for (int c = threadIdx.x; c < place.last - place.first_channel; c += blockDim.x) {
-    const int channel = place.first_channel + c;
+    const int channel = group.first_channel + place.first_channel + c;
     float scale[1];
     branch_scale<T>(args.parameters, k, channel, scale);
     row[channel] = factor * sums[c];
     t[0] += scale[0] * sums[c];
   }
   block_sum(t, slots);
-  if (threadIdx.x == 0) args.group_sums[place.image_group * r.blocks() + place.tile] = t[0];
+  const int tile = part * r.channel_blocks + blockIdx.x;
+  if (threadIdx.x == 0) args.group_sums[group.number * r.blocks() + tile] = t[0];
 }
 
 template <class Pool>
-__global__ void __launch_bounds__(kThreads, kBlocks) apply_kernel(PoolMixerBackwardArgs args) {
+__global__ void POOLFORMER_BOUNDS apply_kernel(PoolMixerBackwardArgs args, int64_t first_group) {
   using T = typename Pool::Type;
   constexpr int V = Pool::kVector;
   const Image& image = args.image;
-  const Place place = place_of(image, args.tiling, gridDim.x - 1 - blockIdx.x, threadIdx.x);
-  Pool pool({image, args.dy, place.offset - place.column * image.column_stride(), place.column},
-            args.radius);
+  const dim3 block = reversed_block();
+  const Group group(image, first_group + block.z);
+  const Place place = place_of(image, args.tiling, block.x, block.y, threadIdx.x);
+  Pool pool({image, args.dy, group.offset + place.offset, place.column}, args.radius);
   pool.prefetch(place.row, place.end);
   float totals[1];
   const int partials = args.reduction.blocks();
-  group_totals(args.group_sums + place.image_group * partials, partials, totals);
-  const float mean = __ldg(args.saved + place.image_group * 2);
-  const float rstd = __ldg(args.saved + place.image_group * 2 + 1);
+  group_totals(args.group_sums + group.number * partials, partials, totals);
+  const float mean = __ldg(args.saved + group.number * 2);
+  const float rstd = __ldg(args.saved + group.number * 2 + 1);
   const float along_x = totals[0] * rstd * rstd * rstd / static_cast<float>(image.group_size());
   float scale[V];
-  branch_scale<T>(args.parameters, rstd * image_factor<T>(args.parameters, place.image),
-                  place.channel, scale);
+  branch_scale<T>(args.parameters, rstd * image_factor<T>(args.parameters, group.image),
+                  group.first_channel + place.channel, scale);
 
-  const T* x = static_cast<const T*>(args.x) + place.offset;
-  T* dx = static_cast<T*>(args.dx) + place.offset;
+  const int row_stride = image.row_stride();
+  const int64_t first = group.offset + (place.offset + place.row * row_stride);
+  const T* x = static_cast<const T*>(args.x) + first;
+  T* dx = static_cast<T*>(args.dx) + first;
   pool.begin(place.row, 0.f);
   for (int row = place.row; row < place.end; ++row) {
-    float pooled[V], g[V], values[V];
-    const Pack<T, V> raw = load<V>(x + row * image.row_stride());
-    pool.next(row, pooled, g);
+    float difference[V], g[V], values[V];
+    const Pack<T, V> raw = load<V>(x);
+    pool.next(row, difference, g);
     unpack(raw, values);
 #pragma unroll
     for (int i = 0; i < V; ++i) {
-      values[i] = g[i] + scale[i] * (pooled[i] - g[i]) - along_x * (values[i] - mean);
+      values[i] = g[i] + scale[i] * difference[i] - along_x * (values[i] - mean);
     }
-    if (place.inside) store(dx + row * image.row_stride(), rounded<T>(values));
+    if (place.inside) store(dx, rounded<T>(values));
+    x += row_stride;
+    dx += row_stride;
   }
 }
 
@@ -110,22 +120,22 @@ __global__ void __launch_bounds__(kSummingWarps* kWarp)
 
 cudaError_t pool_mixer_backward(const PoolMixerBackwardArgs& args, cudaStream_t stream) {
   const Image& image = args.image;
-  const int64_t groups = image.batch * image.groups;
-  if (image.batch > 0) {
-    cudaError_t error =
-        with_pool<false>(image.dtype, args.reduction.vector, args.radius, [&](auto kind) {
-          using Pool = typename decltype(kind)::type;
-          const auto blocks = static_cast<unsigned>(groups * args.reduction.blocks());
-          reduce_kernel<Pool><<<blocks, args.reduction.threads, 0, stream>>>(args);
-        });
-    if (error != cudaSuccess) return error;
-    error = with_pool<true>(image.dtype, args.tiling.vector, args.radius, [&](auto kind) {
-      using Pool = typename decltype(kind)::type;
-      const auto blocks = static_cast<unsigned>(groups * args.tiling.blocks());
-      apply_kernel<Pool><<<blocks, args.tiling.threads, 0, stream>>>(args);
+  const Reduction& r = args.reduction;
+  const Tiling& t = args.tiling;
+  cudaError_t error = with_pool<false>(image, args.radius, [&](auto kind) {
+    for_groups(image, [&](unsigned groups, int64_t first) {
+      const dim3 grid(r.channel_blocks, r.parts, groups);
+      reduce_kernel<typename decltype(kind)::type><<<grid, r.threads, 0, stream>>>(args, first);
     });
-    if (error != cudaSuccess) return error;
-  }
+  });
+  if (error != cudaSuccess) return error;
+  error = with_pool<true>(image, args.radius, [&](auto kind) {
+    for_groups(image, [&](unsigned groups, int64_t first) {
+      const dim3 grid(t.lane_blocks, t.row_blocks, groups);
+      apply_kernel<typename decltype(kind)::type><<<grid, t.threads, 0, stream>>>(args, first);
+    });
+  });
+  if (error != cudaSuccess) return error;
   return with_type(image.dtype, [&](auto value) {
     parameters_kernel<decltype(value)>
         <<<ceil_div(image.channels, kSummedChannels), kSummingWarps * kWarp, 0, stream>>>(args);

@@ -1,12 +1,12 @@
-// Average pooling down the rows of a lane: P(x − centre), or its transpose.
+// Average pooling down the rows of a lane: Px − x, or with P's transpose.
 #pragma once
 
 #include "common.cuh"
 
 namespace poolformer::cuda {
 
-// A lane of an image: one column, and V channels from `data` (row 0, column 0) on.
-template <class T, int V>
+// A column of an image, and V channels of it, from `data` (its row 0) on.
+template <class T>
 struct Lane {
   const T* data;
   int row_stride, column_stride, height, width, column;
@@ -18,10 +18,6 @@ struct Lane {
         height(image.height),
         width(image.width),
         column(column) {}
-
-  __device__ __forceinline__ Pack<T, V> at(int row, int column) const {
-    return load<V>(data + (row * row_stride + column * column_stride));
-  }
 };
 
 // 1 / (places of the window around `position` that are in 0 … size − 1); position is in it.
@@ -30,9 +26,15 @@ __device__ __forceinline__ float inverse_count(int position, int size, int radiu
   return __fdividef(1.f, static_cast<float>(high - low + 1));
 }
 
-// Pool<T, V, kTransposed>: prefetch(row, end), begin(centre), then next(row, …) for each of the
-// rows [row, end), which gives P(x − centre) and x. kTransposed: values are divided by the counts
-// of their own windows before they are summed.
+// Pool<T, V, kTransposed>: prefetch(row, end), begin(row, centre), then next(row, …) for each of
+// the rows [row, end), which gives Px − x and x. kTransposed: values are divided by the counts of
+// their own windows before they are summed.
+//
+// P·1 = 1, so a constant cancels in Px − x, and for float32 `centre` is subtracted first to keep
+// digits: a mean of 30 standard deviations costs five bits. 16-bit values were rounded at 2^-12 or
+// coarser, beside which float32's roundings of their sums are nothing.
+template <class T, bool kTransposed>
+constexpr bool kCentred = sizeof(T) == 4 && !kTransposed;
 
 // 3×3: the sums along a row serve the three rows whose windows hold them. The loads of a row are
 // under way while the one before is worked on.
@@ -42,15 +44,32 @@ class RollingPool {
   using Type = T;
   static constexpr int kVector = V;
 
-  __device__ __forceinline__ RollingPool(const Lane<T, V>& lane, int)
-      : lane_(lane), left_(weight(lane.column - 1)), right_(weight(lane.column + 1)) {
+  __device__ __forceinline__ RollingPool(const Lane<T>& lane, int)
+      : next_(lane.data),
+        row_stride_(lane.row_stride),
+        height_(lane.height),
+        // Outside the weight is 0, and the lane's own value stands for what is not there.
+        to_left_(lane.column > 0 ? -lane.column_stride : 0),
+        to_right_(lane.column + 1 < lane.width ? lane.column_stride : 0) {
     middle_ = inverse_count(lane.column, lane.width, 1);
+    left_ = right_ = 1.f;
+    if (kTransposed) {
+      left_ = inverse_count(lane.column - 1, lane.width, 1);
+      right_ = inverse_count(lane.column + 1, lane.width, 1);
+    }
+    if (to_left_ == 0) left_ = 0.f;
+    if (to_right_ == 0) right_ = 0.f;
   }
 
+  // Starts the loads of the first two rows.
   __device__ __forceinline__ void prefetch(int row, int end) {
-    last_ = min(end, lane_.height - 1);
-    if (row > 0) raw_above_ = load_row(row - 1);
-    raw_ = load_row(row);
+    last_ = min(end, height_ - 1);
+    next_ += row * row_stride_;
+    if (row > 0) {
+      next_ -= row_stride_;
+      raw_above_ = next_row();
+    }
+    raw_ = next_row();
   }
 
   __device__ __forceinline__ void begin(int row, float centre) {
@@ -58,19 +77,21 @@ class RollingPool {
     row_sums(raw_above_, row - 1, above_);
     row_sums(raw_, row, here_);
     own_ = raw_.middle;
-    if (row < last_) raw_ = load_row(row + 1);
+    if (row < last_) raw_ = next_row();
   }
 
-  __device__ __forceinline__ void next(int row, float (&pooled)[V], float (&own)[V]) {
+  __device__ __forceinline__ void next(int row, float (&difference)[V], float (&own)[V]) {
     float below[V];
     unpack(own_, own);
     row_sums(raw_, row + 1, below);
     own_ = raw_.middle;
-    if (row + 1 < last_) raw_ = load_row(row + 2);
-    const float scale = kTransposed ? 1.f : middle_ * inverse_count(row, lane_.height, 1);
+    if (row + 1 < last_) raw_ = next_row();
+    const float scale = kTransposed ? 1.f : middle_ * inverse_count(row, height_, 1);
 #pragma unroll
     for (int i = 0; i < V; ++i) {
-      pooled[i] = (above_[i] + here_[i] + below[i]) * scale;
+      const float sum = above_[i] + here_[i] + below[i];
+      const float from = kCentred<T, kTransposed> ? own[i] - centre_ : own[i];
+      difference[i] = kTransposed ? sum - from : sum * scale - from;
       above_[i] = here_[i];
       here_[i] = below[i];
     }
@@ -81,22 +102,14 @@ class RollingPool {
     Pack<T, V> left, middle, right;
   };
 
-  __device__ __forceinline__ float weight(int column) const {
-    if (column < 0 || column >= lane_.width) return 0.f;
-    return kTransposed ? inverse_count(column, lane_.width, 1) : 1.f;
-  }
-
-  // Where a neighbour is outside its weight is 0, and the lane's own value stands for it.
-  __device__ __forceinline__ Row load_row(int row) const {
-    Row raw;
-    raw.middle = lane_.at(row, lane_.column);
-    raw.left = left_ != 0.f ? lane_.at(row, lane_.column - 1) : raw.middle;
-    raw.right = right_ != 0.f ? lane_.at(row, lane_.column + 1) : raw.middle;
+  __device__ __forceinline__ Row next_row() {
+    const Row raw = {load<V>(next_ + to_left_), load<V>(next_), load<V>(next_ + to_right_)};
+    next_ += row_stride_;
     return raw;
   }
 
   __device__ __forceinline__ void row_sums(const Row& raw, int row, float (&sums)[V]) const {
-    if (row < 0 || row >= lane_.height) {
+    if (row < 0 || row >= height_) {
 #pragma unroll
       for (int i = 0; i < V; ++i) sums[i] = 0.f;
       return;
@@ -105,20 +118,24 @@ class RollingPool {
     unpack(raw.left, left);
     unpack(raw.middle, middle);
     unpack(raw.right, right);
-    const float scale = kTransposed ? inverse_count(row, lane_.height, 1) : 1.f;
+    const float scale = kTransposed ? inverse_count(row, height_, 1) : 1.f;
+    const float by_left = left_ * scale, by_middle = middle_ * scale, by_right = right_ * scale;
 #pragma unroll
     for (int i = 0; i < V; ++i) {
-      float sum = middle[i] - centre_;
-      if (kTransposed) sum *= middle_;
-      sum += left_ * (left[i] - centre_);
-      sum += right_ * (right[i] - centre_);
-      sums[i] = kTransposed ? scale * sum : sum;
+      if constexpr (kTransposed) {
+        sums[i] = by_middle * middle[i] + by_left * left[i] + by_right * right[i];
+      } else if constexpr (kCentred<T, kTransposed>) {
+        sums[i] = (middle[i] - centre_) + left_ * (left[i] - centre_);
+        sums[i] += right_ * (right[i] - centre_);
+      } else {
+        sums[i] = middle[i] + left_ * left[i] + right_ * right[i];
+      }
     }
   }
 
-  const Lane<T, V> lane_;
-  const float left_, right_;
-  float middle_, centre_;
+  const T* next_;  // the row that is read next
+  const int row_stride_, height_, to_left_, to_right_;
+  float left_, middle_, right_, centre_;
   int last_;             // row that is read
   Row raw_above_, raw_;  // of rows row − 1 and row until begin(), then raw_ of row + 1
   Pack<T, V> own_;
@@ -132,40 +149,45 @@ class WholePool {
   using Type = T;
   static constexpr int kVector = V;
 
-  __device__ __forceinline__ WholePool(const Lane<T, V>& lane, int radius)
+  __device__ __forceinline__ WholePool(const Lane<T>& lane, int radius)
       : lane_(lane), radius_(radius) {}
 
   __device__ __forceinline__ void prefetch(int, int) {}
-  __device__ __forceinline__ void begin(int, float centre) { centre_ = centre; }
+  __device__ __forceinline__ void begin(int, float centre) {
+    centre_ = kCentred<T, kTransposed> ? centre : 0.f;
+  }
 
-  __device__ __forceinline__ void next(int row, float (&pooled)[V], float (&own)[V]) {
+  __device__ __forceinline__ void next(int row, float (&difference)[V], float (&own)[V]) {
     const int top = max(row - radius_, 0), bottom = min(row + radius_, lane_.height - 1);
     const int first = max(lane_.column - radius_, 0);
     const int last = min(lane_.column + radius_, lane_.width - 1);
-#pragma unroll
-    for (int i = 0; i < V; ++i) pooled[i] = 0.f;
+    float sums[V] = {};
     for (int y = top; y <= bottom; ++y) {
       for (int x = first; x <= last; ++x) {
-        float values[V];
-        unpack(lane_.at(y, x), values);
         const float scale = kTransposed ? inverse_count(y, lane_.height, radius_) *
                                               inverse_count(x, lane_.width, radius_)
                                         : 1.f;
+        float values[V];
+        unpack(at(y, x), values);
 #pragma unroll
-        for (int i = 0; i < V; ++i) pooled[i] += scale * (values[i] - centre_);
+        for (int i = 0; i < V; ++i) sums[i] += scale * (values[i] - centre_);
       }
     }
-    if (!kTransposed) {
-      const float scale = inverse_count(row, lane_.height, radius_) *
-                          inverse_count(lane_.column, lane_.width, radius_);
+    const float scale = kTransposed ? 1.f
+                                    : inverse_count(row, lane_.height, radius_) *
+                                          inverse_count(lane_.column, lane_.width, radius_);
+    unpack(at(row, lane_.column), own);
 #pragma unroll
-      for (int i = 0; i < V; ++i) pooled[i] *= scale;
-    }
-    unpack(lane_.at(row, lane_.column), own);
+    for (int i = 0; i < V; ++i) difference[i] = sums[i] * scale - (own[i] - centre_);
   }
 
  private:
-  const Lane<T, V> lane_;
+  __device__ __forceinline__ Pack<T, V> at(int row, int column) const {
+    return load<V>(lane_.data +
+                   (row * lane_.row_stride + (column - lane_.column) * lane_.column_stride));
+  }
+
+  const Lane<T> lane_;
   const int radius_;
   float centre_;
 };
@@ -177,15 +199,15 @@ struct Kind {
 };
 
 template <bool kTransposed, class Launch>
-cudaError_t with_pool(Dtype dtype, int vector, int radius, Launch&& launch) {
-  return with_type(dtype, [&](auto value) {
+cudaError_t with_pool(const Image& image, int radius, Launch&& launch) {
+  return with_type(image.dtype, [&](auto value) {
     using T = decltype(value);
     constexpr int kV = kFullVector<T>;
     if (radius == 1) {
-      if (vector > 1) return launch(Kind<RollingPool<T, kV, kTransposed>>{});
+      if (image.vector > 1) return launch(Kind<RollingPool<T, kV, kTransposed>>{});
       return launch(Kind<RollingPool<T, 1, kTransposed>>{});
     }
-    if (vector > 1) return launch(Kind<WholePool<T, kV, kTransposed>>{});
+    if (image.vector > 1) return launch(Kind<WholePool<T, kV, kTransposed>>{});
     return launch(Kind<WholePool<T, 1, kTransposed>>{});
   });
 }

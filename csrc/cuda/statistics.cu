@@ -1,6 +1,4 @@
 // Partial statistics of each image and group: one pass over x, chunks merged in a fixed order.
-#include <algorithm>
-
 #include "sums.cuh"
 
 namespace poolformer::cuda {
@@ -16,7 +14,7 @@ struct Chunks {
 int vector_of(const Image& image) {
   const int full = image.full_vector();
   const bool gaps = image.channels_last && image.groups > 1;
-  return (gaps ? image.group_channels() : image.group_size()) % full == 0 ? full : 1;
+  return (gaps ? image.group_channels : image.group_size()) % full == 0 ? full : 1;
 }
 
 Chunks choose_chunks(const Image& image) {
@@ -30,21 +28,22 @@ Chunks choose_chunks(const Image& image) {
 
 template <class T, int V>
 __global__ void __launch_bounds__(kThreads)
-    statistics_kernel(Image image, Chunks chunks, const T* x, float* stats) {
-  const int image_group = blockIdx.x / chunks.blocks, block = blockIdx.x % chunks.blocks;
-  const T* group = x + image.offset(image_group / image.groups, image_group % image.groups);
-  Partial own;
+    statistics_kernel(Image image, Chunks chunks, const T* x, float* stats, int64_t first_group) {
+  const Group group(image, first_group + blockIdx.z);
+  Partial own{};
   for (int chunk = 0; chunk < chunks.count; ++chunk) {
-    const int first = (block * chunks.count + chunk) * kUnroll * kThreads + threadIdx.x;
+    const int block = blockIdx.x * chunks.count + chunk;
     Pack<T, V> raw[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      const int index = first + u * kThreads;
-      if (index < chunks.vectors) raw[u] = load<V>(group + offset_in_group(image, V, index));
+      const int index = span_index(block, threadIdx.x, u);
+      if (index < chunks.vectors) {
+        raw[u] = load<V>(x + group.offset + offset_in_group(image, V, index));
+      }
     }
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      if (first + u * kThreads < chunks.vectors) {
+      if (span_index(block, threadIdx.x, u) < chunks.vectors) {
         float values[V];
         unpack(raw[u], values);
         own.add(values);
@@ -52,16 +51,10 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
   const Partial all = block_merge(own);
-  if (threadIdx.x == 0) all.store(stats, blockIdx.x);
+  if (threadIdx.x == 0) all.store(stats, group.number * gridDim.x + blockIdx.x);
 }
 
 }  // namespace
-
-int most_blocks(const Image& image) {
-  return std::max({choose_chunks(image).blocks, choose_tiling(image).blocks(),
-                   choose_row_reduction(image).blocks(), choose_pixel_reduction(image).blocks(),
-                   span_blocks(image, image.vector())});
-}
 
 int statistics_partials(const Image& image) { return choose_chunks(image).blocks; }
 
@@ -76,16 +69,14 @@ int architecture() {
 
 cudaError_t statistics(const Image& image, const void* x, float* stats, cudaStream_t stream) {
   const Chunks chunks = choose_chunks(image);
-  const auto blocks = static_cast<unsigned>(image.batch * image.groups * chunks.blocks);
   return with_type(image.dtype, [&](auto value) {
     using T = decltype(value);
-    const T* data = static_cast<const T*>(x);
-    if (vector_of(image) > 1) {
-      statistics_kernel<T, kFullVector<T>>
-          <<<blocks, kThreads, 0, stream>>>(image, chunks, data, stats);
-    } else {
-      statistics_kernel<T, 1><<<blocks, kThreads, 0, stream>>>(image, chunks, data, stats);
-    }
+    const auto kernel =
+        vector_of(image) > 1 ? statistics_kernel<T, kFullVector<T>> : statistics_kernel<T, 1>;
+    for_groups(image, [&](unsigned groups, int64_t first) {
+      const dim3 grid(chunks.blocks, 1, groups);
+      kernel<<<grid, kThreads, 0, stream>>>(image, chunks, static_cast<const T*>(x), stats, first);
+    });
   });
 }
 

@@ -34,7 +34,7 @@ __device__ __forceinline__ void block_sum(float (&values)[N], float (&slots)[N][
 
 // Statistics of `count` values; m2 is the sum of (value - mean)^2.
 struct Partial {
-  float count = 0.f, mean = 0.f, m2 = 0.f;
+  float count, mean, m2;
 
   // Chan, Golub and LeVeque 1983.
   __device__ __forceinline__ void merge(float other_count, float other_mean, float other_m2) {
@@ -64,15 +64,23 @@ struct Partial {
   }
 };
 
-// The statistics of a block from those of its threads.
+// The statistics of a block from those of its threads: in thread 0.
 __device__ __forceinline__ Partial block_merge(const Partial& own) {
-  __shared__ float sum_slots[2][kMostWarps], m2_slots[1][kMostWarps];
-  float sums[2] = {own.count, own.count * own.mean};
-  block_sum(sums, sum_slots);
-  const float mean = sums[1] / sums[0];
-  float m2[1] = {own.m2 + own.count * (own.mean - mean) * (own.mean - mean)};
-  block_sum(m2, m2_slots);
-  return {sums[0], mean, m2[0]};
+  __shared__ Partial warps[kMostWarps];
+  Partial all;
+  all.count = warp_sum(own.count);
+  all.mean = warp_sum(own.count * own.mean) / fmaxf(all.count, 1.f);
+  const float distance = own.mean - all.mean;
+  all.m2 = warp_sum(own.m2 + own.count * distance * distance);
+  if (threadIdx.x % kWarp == 0) warps[threadIdx.x / kWarp] = all;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    for (int warp = 1; warp < blockDim.x / kWarp; ++warp) {
+      const Partial& other = warps[warp];
+      if (other.count > 0.f) all.merge(other.count, other.mean, other.m2);
+    }
+  }
+  return all;
 }
 
 struct Moments {

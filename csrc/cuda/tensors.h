@@ -7,7 +7,6 @@
 #include <c10/cuda/CUDAGuard.h>
 
 #include <algorithm>
-#include <limits>
 
 #include "../checks.h"
 #include "kernels.h"
@@ -34,15 +33,17 @@ class Dense {
 };
 
 inline Image image_of(const Tensor& x, int64_t num_groups) {
-  Image image{};
-  image.dtype = x.scalar_type() == at::kFloat      ? Dtype::kFloat32
-                : x.scalar_type() == at::kBFloat16 ? Dtype::kBFloat16
-                                                   : Dtype::kFloat16;
-  image.channels_last = x.suggest_memory_format() == at::MemoryFormat::ChannelsLast;
-  image.batch = x.size(0), image.channels = static_cast<int>(x.size(1));
-  image.height = static_cast<int>(x.size(2)), image.width = static_cast<int>(x.size(3));
-  image.groups = static_cast<int>(num_groups);
-  return image;
+  const Dtype dtype = x.scalar_type() == at::kFloat      ? Dtype::kFloat32
+                      : x.scalar_type() == at::kBFloat16 ? Dtype::kBFloat16
+                                                         : Dtype::kFloat16;
+  const bool channels_last = x.suggest_memory_format() == at::MemoryFormat::ChannelsLast;
+  return {dtype,
+          channels_last,
+          x.size(0),
+          static_cast<int>(x.size(1)),
+          static_cast<int>(x.size(2)),
+          static_cast<int>(x.size(3)),
+          static_cast<int>(num_groups)};
 }
 
 inline void check_input(const char* op, const Tensor& x, int64_t num_groups, double eps) {
@@ -56,11 +57,6 @@ inline void check_input(const char* op, const Tensor& x, int64_t num_groups, dou
   TORCH_CHECK_VALUE(elements < kIndexLimit, op, ": one image of x has ", elements,
                     " elements; the CUDA kernels index fewer than ", kIndexLimit,
                     " in an image. Use smaller images, or backend='torch'.");
-  const Image image = image_of(x, num_groups);
-  const int64_t blocks = image.batch * image.groups * most_blocks(image);
-  TORCH_CHECK_VALUE(blocks <= std::numeric_limits<int>::max(), op, ": x of shape ", x.sizes(),
-                    " needs ", blocks, " blocks, and a launch has at most ",
-                    std::numeric_limits<int>::max(), ". Split the batch.");
 }
 
 // x as the kernels read it; while this lives its device is the current one.

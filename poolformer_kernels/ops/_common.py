@@ -57,9 +57,8 @@ def fake_stats(
         partials = 1
         channels_last = suggest_memory_format(x) == torch.channels_last
         if backend == "triton":
-            partials = kernels(op).stats_partials(
-                x.shape, num_groups, channels_last, dtype or x.dtype
-            )
+            dtypes = (x.dtype,) if dtype is None else (dtype, x.dtype)
+            partials = kernels(op).stats_partials(x.shape, num_groups, channels_last, *dtypes)
         elif backend == "cuda":
             itemsize = (dtype or x.dtype).itemsize
             partials = cuda_function("stats_partials")(
