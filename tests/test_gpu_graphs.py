@@ -19,10 +19,10 @@ WAITING = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_sele
 SMALL = {"hidden_sizes": [8, 16, 24, 32], "depths": [2, 1, 1, 1], "num_labels": 4}
 
 
-def model() -> torch.nn.Module:
+def model(backend: str) -> torch.nn.Module:
     torch.manual_seed(0)
     config = pk.PoolFormerConfig(layer_scale_init_value=0.5, **SMALL)
-    return pk.accelerate(pk.PoolFormerForImageClassification(config).cuda(), "triton")
+    return pk.accelerate(pk.PoolFormerForImageClassification(config).cuda(), backend)
 
 
 def images() -> Tensor:
@@ -54,9 +54,12 @@ class Operators(TorchDispatchMode):
         return result
 
 
+@pytest.mark.parametrize("backend", ["triton", "auto"])
 @pytest.mark.parametrize("step", [infer, train])
-def test_nothing_waits_for_the_gpu(step: Callable[[torch.nn.Module, Tensor], None]) -> None:
-    net, x = model(), images()
+def test_nothing_waits_for_the_gpu(
+    step: Callable[[torch.nn.Module, Tensor], None], backend: str
+) -> None:
+    net, x = model(backend), images()
     with Operators() as operators:
         step(net, x)
     assert not WAITING & set(operators.names)
@@ -66,8 +69,9 @@ def test_nothing_waits_for_the_gpu(step: Callable[[torch.nn.Module, Tensor], Non
 
 
 @pytest.mark.skipif("simgpu" in sys.modules, reason="the simulated GPU has no graphs")
-def test_a_captured_graph_follows_its_input() -> None:
-    net, static = model().eval(), images()
+@pytest.mark.parametrize("backend", ["triton", "auto"])
+def test_a_captured_graph_follows_its_input(backend: str) -> None:
+    net, static = model(backend).eval(), images()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.inference_mode():

@@ -93,7 +93,8 @@ def test_every_target_width_dtype_and_layout_is_there(table) -> None:
         rows = [row for row in table.values() if row.target == target]
         for op in resources.OPS:
             used = [row for row in rows if op in row.op.split()]
-            assert {d for row in used for d in row.dtype.split()} == set(resources.KINDS)
+            kinds = {kind for kind in resources.KINDS if op == "mlp" or "+" not in kind}
+            assert {d for row in used for d in row.dtype.split()} == kinds
             assert {d for row in used for d in row.layout.split()} == {"nchw", "nhwc"}
             assert {d for row in used for d in row.direction.split()} == {"forward", "backward"}
             shapes = {"x".join(map(str, shape[1:])) for shape in resources.SHAPES}
@@ -126,19 +127,28 @@ def test_products_run_on_matrix_units(table, expected) -> None:
     assert seen == set(TARGETS)
 
 
+def narrow(row: Row) -> list[str]:
+    """Accesses that are narrower than they are meant to be, in channels_last.
+
+    In NCHW rows of 14² and 7² are not aligned, and windows are shifted. A lane of AMD's matrix
+    units has four neighbours of a result, and stores these: 8 bytes.
+    """
+    if row.layout == "nchw":
+        return []
+    least = 8 if row.target == "gfx942" and row.matrix else 16
+    found = []
+    if row.kernel in READ and row.load_bytes < least:
+        found.append(f"{row.kernel} on {row.target} reads {row.load_bytes} bytes")
+    if row.kernel in WRITTEN and row.store_bytes < least:
+        found.append(f"{row.kernel} on {row.target} writes {row.store_bytes} bytes")
+    return found
+
+
 def test_tensors_are_read_and_written_16_bytes_at_a_time(table) -> None:
-    """In channels_last. In NCHW rows of 14² and 7² are not aligned, and windows are shifted."""
-    narrow, seen = [], set()
-    for row in table.values():
-        if row.layout == "nchw":
-            continue
-        seen.add(row.kernel)
-        if row.kernel in READ and row.load_bytes != 16:
-            narrow.append((row.kernel, row.target, row.dtype, row.shape, "reads", row.load_bytes))
-        if row.kernel in WRITTEN and row.store_bytes != 16:
-            narrow.append((row.kernel, row.target, row.dtype, row.shape, "writes", row.store_bytes))
-    assert not narrow, narrow
-    assert seen >= READ
+    assert not [line for row in table.values() for line in narrow(row)]
+    assert {row.kernel for row in table.values() if row.layout != "nchw"} >= READ
+    row = next(row for row in table.values() if row.kernel in WRITTEN and row.layout == "nhwc")
+    assert len(narrow(replace(row, load_bytes=4, store_bytes=4))) == 2
 
 
 def test_a_stale_table_is_found(table, expected) -> None:

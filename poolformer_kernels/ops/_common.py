@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
 from .. import _extension
+from ..backends import BackendUnavailable
 from ..reference import ACTIVATIONS, accumulate_dtype
 
 LIBRARY = torch.library.Library("poolformer_kernels", "DEF")
@@ -78,7 +79,7 @@ def cuda_function(name: str) -> Callable[..., Any]:
     function = getattr(_extension.load(), f"cuda_{name}", None)
     if function is None:
         reason = _extension.why_not() or f"this build has no CUDA kernel {name}"
-        raise RuntimeError(f"backend 'cuda' cannot run: {reason}.")
+        raise BackendUnavailable(f"backend 'cuda' cannot run this call: {reason}.")
     return function
 
 
