@@ -39,13 +39,15 @@ format: $(VENV)/.test
 # Tests marked gpu run where PyTorch sees a CUDA device.
 unit: $(VENV)/.test build
 	$(BIN)/python -m poolformer_kernels
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -m "not compile"
 
 # What each GPU's compiler makes of the Triton kernels at every width: what changed is compiled
-# again (from nothing half an hour on one core), and the table is held to its limits.
+# again (from nothing half an hour on one core), and the table is held to its limits. Then the same of
+# CUDA C++.
 compile: $(VENV)/.test build
 	$(BIN)/python -m benchmarks.resources
 	$(BIN)/python -m pytest -q tests/test_resources.py
+	$(BIN)/python -m pytest -q -m compile
 
 # A wheel, installed where nothing of this tree can be imported but PyTorch can.
 wheel: $(VENV)/.test build
@@ -62,7 +64,7 @@ cpu: $(CPU_VENV)/.test cpu-copy
 	cd $(CPU_COPY) && $(CURDIR)/$(CPU_VENV)/bin/python setup.py build_ext --inplace
 	cd build && $(CURDIR)/$(CPU_VENV)/bin/python -I $(CURDIR)/tests/check_install.py
 	cd $(CPU_COPY) && $(CURDIR)/$(CPU_VENV)/bin/python -m poolformer_kernels
-	cd $(CPU_COPY) && $(CURDIR)/$(CPU_VENV)/bin/python -m pytest -q -m "not slow and not gpu"
+	cd $(CPU_COPY) && $(CURDIR)/$(CPU_VENV)/bin/python -m pytest -q -m "not slow and not gpu and not compile"
 
 cpu-copy:
 	mkdir -p $(CPU_COPY)

@@ -26,10 +26,9 @@ def launches_of(
 ) -> tuple[Tensor, list[Tensor | None], list[dict[str, int]], list[dict[str, int]]]:
     """x and parameters of a case, and what each launch of its forward and its backward moves."""
     pytest.importorskip("simgpu", reason="only the simulated GPU counts bytes")
-    x, params, options, dz = setup(case, torch.bfloat16)
-    if autocast:
-        x, dz = x.float(), dz.float()
-        params = [p if i in (2, 4) else p.float() for i, p in enumerate(params)]
+    dtype = torch.float32 if autocast else torch.bfloat16
+    x, params, options, dz = setup(case, dtype)
+    params[2], params[4] = params[2].bfloat16(), params[4].bfloat16()
     stats = on_device(reference.statistics(x, 1))
     params = [on_device(p) for p in params]
     x, dz = on_device(x, "channels_last"), on_device(dz, "channels_last")

@@ -21,11 +21,13 @@ EPS = 1e-5
 
 
 def setup(
-    case: Case, dtype: torch.dtype
+    case: Case, dtype: torch.dtype, products: torch.dtype | None = None
 ) -> tuple[Tensor, list[Tensor | None], dict[str, Any], Tensor]:
+    """x, parameters, options and dz, in `dtype`; parameters have values that `products` holds."""
     x = cases.random_input(case, "nchw", dtype)
-    params, options = cases.parameters("mlp", case, dtype), cases.options("mlp", case)
-    return x, params, options, torch.randn(case.shape).to(dtype)
+    params = cases.parameters("mlp", case, products or dtype)
+    params = [None if p is None else p.to(dtype) for p in params]
+    return x, params, cases.options("mlp", case), torch.randn(case.shape).to(dtype)
 
 
 def on_device(t: Tensor | None, layout: str = "nchw") -> Tensor | None:
