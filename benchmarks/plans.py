@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from typing import Any
 from unittest import mock
 
-from poolformer_kernels import modules, use_backend
+from poolformer_kernels import modules, ops, use_backend
 
 
 @dataclass(frozen=True)
@@ -22,12 +21,17 @@ class Plan:
     @contextmanager
     def chosen(self) -> Iterator[None]:
         """In this context the ops in `poolformer_kernels.modules`, and so blocks, follow it."""
-        options = {"save_hidden": True} if self.save_hidden else {}
-        chosen = mock.patch.object(modules, "mlp", partial(modules.mlp, **options))
+
+        def mlp(*args: Any, **options: Any) -> Any:
+            return ops.mlp(*args, **{**options, "save_hidden": self.save_hidden})
+
+        chosen = mock.patch.object(modules, "mlp", mlp)
         with use_backend(self.backend), chosen:
             yield
 
 
-PLANS = {"torch": Plan("torch"), "triton": Plan("triton")}
-if "save_hidden" in inspect.signature(modules.mlp).parameters:
-    PLANS["triton, hidden kept"] = Plan("triton", save_hidden=True)
+PLANS = {
+    "torch": Plan("torch"),
+    "triton": Plan("triton"),
+    "triton, hidden kept": Plan("triton", save_hidden=True),
+}

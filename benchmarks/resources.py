@@ -35,7 +35,8 @@ from .report import RESULTS
 TABLE = RESULTS / "resources.csv"
 BATCH = 256  # statistics of a whole batch are split as they are in training
 SHAPES = [shape for variant in ("s12", "m36") for shape in stage_shapes(variant, BATCH)]
-KINDS = ("float32", "bfloat16", "float16")
+# x's dtype, and after + that of the products where it is another: mlp under autocast.
+KINDS = ("float32", "bfloat16", "float16", "float32+bfloat16")
 OPS = ("pool_mixer", "mlp", "group_norm")
 EPS = 1e-5
 
@@ -97,7 +98,7 @@ CONVERT: dict[str, Callable[[str], object]] = {
 
 def call_on_meta(use: Use) -> list[Launch]:
     """The launches of `use`, with every parameter there and statistics asked for, none given."""
-    dtype = DTYPES[use.dtype]
+    dtype, product_dtype = (DTYPES[use.dtype.split("+")[i]] for i in (0, -1))
 
     def meta(*size: int, kind: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(size, dtype=kind, device="meta")
@@ -120,12 +121,15 @@ def call_on_meta(use: Use) -> list[Launch]:
             else:
                 pool_mixer.backward(x, x, saved, vector, vector, factor, 3)
         else:
-            weights = [meta(hidden, channels), meta(hidden), meta(channels, hidden)]
-            parameters = [vector, vector, *weights, vector, vector, factor, None, "gelu"]
-            if forward:
-                mlp.forward(x, None, *parameters, 1, EPS, True)
-            else:
-                mlp.backward(x, x, saved, *parameters)
+            sizes = ((hidden, channels), (hidden,), (channels, hidden), (channels,))
+            weights = [meta(*size, kind=product_dtype) for size in sizes]
+            parameters = [vector, vector, *weights, vector, factor, None, "gelu"]
+            kept = meta(batch, *use.shape[2:], hidden, kind=product_dtype)
+            for keep in (False, True):
+                if forward:
+                    mlp.forward(x, None, *parameters, 1, EPS, True, keep)
+                else:
+                    mlp.backward(x, x, saved, kept if keep else None, *parameters)
     return launches
 
 
@@ -148,6 +152,7 @@ def expected() -> list[tuple[Row, Launch]]:
         for op, direction, dtype, layout, shape in product(
             OPS, ("forward", "backward"), KINDS, LAYOUTS, SHAPES
         )
+        if op == "mlp" or "+" not in dtype
     ]
     for target in TARGETS:
         with architecture.tiles_for(target):

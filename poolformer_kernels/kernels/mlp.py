@@ -209,9 +209,8 @@ def backward(
     dh, activated = x.new_empty((batch * rows, units), dtype=dtype), None
     if hidden is None or channels > ACTIVATED_TWICE:
         activated = torch.empty_like(dh)
-    first = hidden_gradient_config(rows, dtype)
-    second = first
-    if x.dtype == dtype:
+    first = second = hidden_gradient_config(rows, dtype, channels_last)
+    if x.dtype == dtype:  # a float32 x takes registers of the product
         second = gemm_config(rows, channels, dtype, channels_last)
     with on_device_of(x):
         folded = sums = None

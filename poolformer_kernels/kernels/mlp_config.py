@@ -127,23 +127,30 @@ PRODUCT: dict[str, Tiles] = {
     },
 }
 
-# Two sums a tile (h and its gradient), two operands each: half of PRODUCT's columns.
+# Two sums a tile (h and its gradient), two operands each: half of PRODUCT's columns. 255: left to
+# itself ptxas stops at 128 registers where the hidden is given, and spills two.
+_LARGE: Tiles = {
+    "any": GemmConfig(128, 64, 32, 8, 3, 255),
+    # One block with either depth: half the barriers. 210 KB under autocast.
+    "sm_90": GemmConfig(128, 64, 64, 8, 3),
+    "sm_100": GemmConfig(128, 64, 64, 8, 3),
+}
 HIDDEN_GRADIENT: dict[str, Tiles] = {
     "float32": {"any": GemmConfig(64, 32, 16, 8, 2)},
     "small image": {"any": GemmConfig(64, 64, 32, 4, 3)},
-    "large image": {
-        "any": GemmConfig(128, 64, 32, 8, 3),
-        # One block with either depth: half the barriers.
-        "sm_90": GemmConfig(128, 64, 64, 8, 3),  # 148 KB
-        "sm_100": GemmConfig(128, 64, 64, 8, 3),  # 115 KB
-    },
+    "large image": _LARGE,
+    "NCHW": _LARGE | {"sm_120": GemmConfig(64, 64, 32, 8, 3)},  # 128 rows spill under autocast
 }
 
-# rows: hidden units; columns: channels; depth: pixels. Two sums a tile. The same everywhere: larger
-# tiles would mean more parts for as many programs, which are written and read in float32.
+# rows: hidden units; columns: channels; depth: pixels. Two sums a tile. Larger ones would mean more
+# parts for as many programs, and these are written and read in float32.
 WEIGHT_GRADIENT: dict[str, Tiles] = {
     "float32": {"any": GemmConfig(32, 32, 16, 4, 2)},  # FMA units, as above
-    "16 bits": {"any": GemmConfig(64, 64, 32, 4, 3)},
+    "16 bits": {
+        "any": GemmConfig(64, 64, 32, 4, 3),
+        "sm_80": GemmConfig(64, 64, 16, 4, 3),  # three blocks instead of two; 32 spill
+        "sm_120": GemmConfig(64, 64, 16, 4, 3),  # the same
+    },
 }
 
 
@@ -198,11 +205,13 @@ def fused_mixed_config(
     return None if tile is None else replace(tile, parts=_two_parts(channels))
 
 
-def hidden_gradient_config(rows: int, dtype: torch.dtype) -> GemmConfig:
+def hidden_gradient_config(rows: int, dtype: torch.dtype, channels_last: bool = True) -> GemmConfig:
     """The tile of h and its gradient: (rows of an image, hidden units)."""
     if dtype == torch.float32:
         return _here(HIDDEN_GRADIENT["float32"])
-    return _here(HIDDEN_GRADIENT["small image" if rows <= 64 else "large image"])
+    if rows <= 64:
+        return _here(HIDDEN_GRADIENT["small image"])
+    return _here(HIDDEN_GRADIENT["large image" if channels_last else "NCHW"])
 
 
 def weight_gradient_config(dtype: torch.dtype) -> GemmConfig:
