@@ -135,8 +135,9 @@ def forward(
             )  # fmt: skip
         return z, saved, stats_out, hidden
     # An x in float32 takes the registers of a second sum.
-    same = x.dtype == dtype
-    first = gemm_config(rows, units, dtype) if same else hidden_gradient_config(rows, dtype)
+    first = hidden_gradient_config(rows, dtype)
+    if x.dtype == dtype:
+        first = gemm_config(rows, units, dtype, channels_last)
     second = gemm_config(rows, channels, dtype, channels_last)
     activated = x.new_empty((batch * rows, units), dtype=dtype)
     precision = dot_precision()

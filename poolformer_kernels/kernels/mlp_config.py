@@ -72,6 +72,7 @@ FUSED: dict[int, Tiles] = {
     64: {
         "any": FusedConfig(128, 64, 8, 2),  # 256 rows spill
         "sm_100": FusedConfig(128, 32, 8, 2),  # 128 registers: two blocks; 64 units spill
+        "gfx942": FusedConfig(128, 32, 8, 2),  # 64 units spill with float16 and NCHW
     },
     96: {
         "any": FusedConfig(128, 16, 8, 2),  # 32 units spill on sm_120, and cost sm_100 a block
@@ -110,7 +111,10 @@ FUSED_MIXED: dict[int, Tiles] = {
 PRODUCT: dict[str, Tiles] = {
     # FMA units, whose operands want registers too: 64 columns spill, and left to itself ptxas stops
     # at 80 registers and spills all the same.
-    "float32": {"any": GemmConfig(64, 32, 16, 8, 2, 128)},
+    "float32": {
+        "any": GemmConfig(64, 32, 16, 8, 2, 128),
+        "sm_120": GemmConfig(64, 32, 16, 8, 2, 144),  # 128 spill two registers
+    },
     "small image": {"any": GemmConfig(64, 64, 32, 4, 3)},  # 128 rows would be half empty
     "128 | columns": {"any": GemmConfig(128, 128, 32, 8, 3)},  # depth 64 costs fc1 a block
     "NCHW": {
@@ -164,7 +168,7 @@ def gemm_config(
 ) -> GemmConfig:
     """The tile of a product whose result is (rows of an image, columns).
 
-    channels_last: whether the columns of a row lie side by side.
+    channels_last: whether a row of x lies side by side, be it an operand or beside the result.
     """
     if dtype == torch.float32:
         return _here(PRODUCT["float32"])
