@@ -15,13 +15,13 @@ from poolformer_kernels import reference
 from poolformer_kernels.ops._common import empty_like_op_output
 
 pytest.importorskip("triton")
+from mlp_checks import merged
 from triton_mlp import (
     DEVICE,
     INTERPRETED,
     backward,
     forward,
     hidden_of,
-    merged,
     on_device,
     setup,
 )

@@ -59,15 +59,6 @@ def forward(
     )
 
 
-def merged(stats: Tensor) -> Tensor:
-    """(count, mean, M2) of partial ones: (B, G, P, 3) to (B, G, 3), in float64."""
-    count, mean, m2 = stats.cpu().double().unbind(-1)
-    total = count.sum(-1)
-    center = (count * mean).sum(-1) / total
-    m2 = (m2 + count * (mean - center[..., None]) ** 2).sum(-1)
-    return torch.stack([total, center, m2], -1)
-
-
 def backward(
     dz: Tensor,
     x: Tensor,
