@@ -22,6 +22,7 @@ CUDA_FUNCTIONS = {
     "cuda_pool_mixer_backward",
     "cuda_group_norm_forward",
     "cuda_group_norm_backward",
+    "cuda_mlp_forward",
 }
 
 

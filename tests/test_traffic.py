@@ -15,7 +15,7 @@ from benchmarks import counting, plots, saved_bytes, traffic
 from benchmarks.counting import Counts
 from benchmarks.plans import PLANS, Plan
 from benchmarks.report import RESULTS, read_csv
-from poolformer_kernels import PoolFormerConfig, backends, modules
+from poolformer_kernels import PoolFormerConfig, backends, modules, ops
 
 ON_SIMULATOR = pytest.mark.skipif(
     counting.why_not() is not None, reason="only the simulated GPU counts bytes"
@@ -124,12 +124,12 @@ def test_shapes_whose_tensors_cannot_be_told_apart_are_refused() -> None:
 
 def test_a_plan_that_keeps_the_hidden_asks_the_mlp_to(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[dict[str, Any]] = []
-    monkeypatch.setattr(modules, "mlp", lambda *args, **options: asked.append(options) or args[0])
+    monkeypatch.setattr(ops, "mlp", lambda *args, **options: asked.append(options) or args[0])
     block, x = modules.PoolFormerBlock(8), torch.randn(1, 8, 4, 4)
     for plan in (Plan("torch"), Plan("torch", save_hidden=True)):
         with plan.chosen():
             block(x)
-    assert [options.get("save_hidden") for options in asked] == [None, True]
+    assert [options["save_hidden"] for options in asked] == [False, True]
 
 
 @FAKES_GPU
