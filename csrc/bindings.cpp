@@ -11,7 +11,6 @@
 
 #include "checks.h"
 #include "cpu/kernels.h"
-#include "math.h"
 
 #ifdef WITH_CUDA
 void bind_cuda(pybind11::module_&);
@@ -229,9 +228,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mlp_fwd(
   check_factor(op, "drop_path", drop_path, x);
   check_factor(op, "hidden_drop_path", hidden_drop_path, x);
   check_stats(op, stats, num_groups, x);
-  TORCH_CHECK_VALUE(act == "gelu" || act == "gelu_pytorch_tanh" || act == "relu" || act == "silu",
-                    op, ": act is '", act,
-                    "'; it has to be 'gelu', 'gelu_pytorch_tanh', 'relu' or 'silu'.");
+  const Activation activation = activation_of(op, act);
 
   const auto& kernels = cpu::kernels();
   Tensors t(x, num_groups);
@@ -247,10 +244,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mlp_fwd(
   args.fc2_weight = w2.data(), args.fc2_bias = b2.data();
   args.layer_scale = scale.data(), args.drop_path = k.data(), args.hidden_drop_path = ka.data();
   args.hidden = hidden;
-  args.activation = act == "gelu"                ? Activation::kGelu
-                    : act == "gelu_pytorch_tanh" ? Activation::kGeluTanh
-                    : act == "relu"              ? Activation::kRelu
-                                                 : Activation::kSilu;
+  args.activation = activation;
   std::vector<cpu::Partial> partials;
   if (t.image.batch > 0) {
     kernels.mlp_plan(args);

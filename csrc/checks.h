@@ -5,6 +5,9 @@
 #include <ATen/ATen.h>
 
 #include <optional>
+#include <string>
+
+#include "math.h"
 
 namespace poolformer {
 
@@ -34,6 +37,15 @@ inline void check_input(const char* op, const Tensor& x, int64_t num_groups, dou
 inline void check_pool_size(const char* op, int64_t pool_size) {
   TORCH_CHECK_VALUE(pool_size > 0 && pool_size % 2 == 1, op, ": pool_size is ", pool_size,
                     "; it has to be odd and positive.");
+}
+
+inline Activation activation_of(const char* op, const std::string& act) {
+  if (act == "gelu") return Activation::kGelu;
+  if (act == "gelu_pytorch_tanh") return Activation::kGeluTanh;
+  if (act == "relu") return Activation::kRelu;
+  TORCH_CHECK_VALUE(act == "silu", op, ": act is '", act,
+                    "'; it has to be 'gelu', 'gelu_pytorch_tanh', 'relu' or 'silu'.");
+  return Activation::kSilu;
 }
 
 inline void check_device(const char* op, const char* name, const Tensor& t, const Tensor& x) {

@@ -21,6 +21,7 @@ from poolformer_kernels import _extension, reference
 BUILT = pytest.mark.skipif(NO_CUDA, reason="CUDA kernels are not built here")
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 TARGETS = ["80", "86", "89", "90", "100", "120"]
+MOST_REGISTERS = {"mlp_fused.cu": 255}  # sums and operands of all channels: one block of 8 warps
 
 
 def test_every_element_has_one_place(tmp_path: Path) -> None:
@@ -69,19 +70,15 @@ def test_dense_tensors_that_do_not_start_on_16_bytes(op: str, dtype: torch.dtype
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-@pytest.mark.gpu
-@BUILT
-def test_launches_go_to_the_current_stream() -> None:
-    case, kernels = Case((2, 8, 6, 5)), Kernels("pool_mixer", "cuda")
-    x = cases.random_input(case, "channels_last", torch.float32).cuda()
-    params = cases.parameters("pool_mixer", case, torch.float32)
-    expected = kernels.forward(case, x, params)[0]
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        y = kernels.forward(case, x, params)[0]
-    stream.synchronize()
-    assert torch.equal(y, expected)
+def test_every_launch_is_given_the_stream() -> None:
+    """A kernel on the default stream would do nothing in a captured graph."""
+    launches = {
+        (path.name, found)
+        for path in SOURCES
+        for found in re.findall(r"<<<(.*?)>>>", path.read_text(), re.DOTALL)
+    }
+    assert len(launches) >= 12
+    assert not [launch for launch in launches if not launch[1].endswith(", stream")]
 
 
 X = torch.randn(2, 8, 5, 4)
@@ -201,4 +198,7 @@ def test_compiles_without_spills(source: Path, target: str, tmp_path: Path) -> N
     shared = [int(n) for n in re.findall(r"(\d+) bytes smem", done.stderr)]
     assert len(registers) >= 3 and len(spills) == len(registers)
     assert {n for pair in spills for n in pair} | set(stacks) == {"0"}, done.stderr
-    assert max(registers) <= 128 and max(shared, default=0) <= 16 * 1024
+    assert (
+        max(registers) <= MOST_REGISTERS.get(source.name, 128)
+        and max(shared, default=0) <= 16 * 1024
+    )

@@ -32,12 +32,16 @@ class Dense {
   Tensor tensor_;
 };
 
+// Of a tensor that `check_input`, or a check of its own, let pass.
+inline Dtype dtype_of(const Tensor& t) {
+  return t.scalar_type() == at::kFloat      ? Dtype::kFloat32
+         : t.scalar_type() == at::kBFloat16 ? Dtype::kBFloat16
+                                            : Dtype::kFloat16;
+}
+
 inline Image image_of(const Tensor& x, int64_t num_groups) {
-  const Dtype dtype = x.scalar_type() == at::kFloat      ? Dtype::kFloat32
-                      : x.scalar_type() == at::kBFloat16 ? Dtype::kBFloat16
-                                                         : Dtype::kFloat16;
   const bool channels_last = x.suggest_memory_format() == at::MemoryFormat::ChannelsLast;
-  return {dtype,
+  return {dtype_of(x),
           channels_last,
           x.size(0),
           static_cast<int>(x.size(1)),

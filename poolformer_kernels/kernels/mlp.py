@@ -23,6 +23,7 @@ from ._common import (
     dense,
     dense_like,
     dense_parameter,
+    empty_result,
     on_device_of,
 )
 from .mlp_backward import (
@@ -34,7 +35,7 @@ from .mlp_backward import (
 from .mlp_config import (
     VECTOR_BLOCK,
     dot_precision,
-    fused_mixed_config,
+    fused_config,
     gemm_config,
     hidden_gradient_config,
     split,
@@ -65,8 +66,7 @@ def stats_partials(
     _, channels, height, width = x_shape
     if num_groups > 1:
         return partials(channels // num_groups * height * width)[0]
-    fused = fused_mixed_config(channels, num_groups, dtype, x_dtype or dtype)
-    if fused is not None:
+    if (fused := fused_config(channels, num_groups, dtype, x_dtype)) is not None:
         return ceil_div(height * width, fused.rows) * fused.partials
     tile = gemm_config(height * width, channels, dtype, channels_last)
     return tile.tiles(height * width, channels)
@@ -75,11 +75,6 @@ def stats_partials(
 def _layout(channels_last: bool, channels: int, rows: int) -> tuple[int, int]:
     """Strides of rows (pixels) and channels."""
     return (channels, 1) if channels_last else (1, rows)
-
-
-def _empty_like(x: Tensor, channels_last: bool) -> Tensor:
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty_like(x, memory_format=layout)
 
 
 def forward(
@@ -108,7 +103,7 @@ def forward(
     x, channels_last = dense(x)
     batch, channels, height, width = x.shape
     rows, units, dtype = height * width, fc1_weight.shape[0], fc1_weight.dtype
-    z = _empty_like(x, channels_last)
+    z = empty_result(x)
     saved = x.new_empty((batch, num_groups, 2), dtype=torch.float32)
     parts = stats_partials(x.shape, num_groups, channels_last, dtype, x.dtype)
     shape = (batch, num_groups, parts, 3) if return_stats else (0,)
@@ -122,8 +117,7 @@ def forward(
     parameters = (norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale)
     gamma, beta, w1, b1, w2, b2, scale = map(dense_parameter, parameters)
     drop, hidden_drop = map(dense_parameter, (drop_path, hidden_drop_path))
-    fused = fused_mixed_config(channels, num_groups, dtype, x.dtype)
-    if fused is not None:
+    if (fused := fused_config(channels, num_groups, dtype, x.dtype)) is not None:
         with on_device_of(x):
             fused_kernel[(batch * ceil_div(rows, fused.rows),)](
                 x, stats, saved, gamma, beta, w1, b1, w2, b2, scale, drop, hidden_drop, z,
@@ -191,7 +185,7 @@ def backward(
     batch, channels, height, width = x.shape
     rows, units, groups = height * width, fc1_weight.shape[0], saved.shape[1]
     dtype = fc1_weight.dtype
-    dx = _empty_like(x, channels_last)
+    dx = empty_result(x)
     new = x.new_zeros if batch == 0 else x.new_empty
     dgamma, dbeta, dscale = (new(channels) for _ in range(3))
     dw1, dw2 = (new(weight.shape, dtype=dtype) for weight in (fc1_weight, fc2_weight))

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from ._common import per_channel, per_image
 from .activations import activate_with_slope
-from .mlp_gemm import load_group_norm, load_normed
+from .mlp_gemm import load_group_norm, load_normed, place
 
 
 @triton.jit
@@ -53,13 +53,7 @@ def hidden_gradient_kernel(
     hidden: (B · rows, hidden), h, or None: then it is recomputed from x. activated may be None.
     sums: (B, row tiles · hidden tiles, 2). Grid: B · row tiles · hidden tiles.
     """
-    column_tiles = tl.cdiv(hidden, BLOCK_HIDDEN)
-    row_tiles = tl.cdiv(rows, BLOCK_ROWS)
-    column_tile = tl.program_id(0) % column_tiles
-    row_tile = tl.program_id(0) // column_tiles % row_tiles
-    image = (tl.program_id(0) // column_tiles // row_tiles).to(tl.int64)
-    row = row_tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    column = column_tile * BLOCK_HIDDEN + tl.arange(0, BLOCK_HIDDEN)
+    image, _, _, row, column = place(rows, hidden, BLOCK_ROWS, BLOCK_HIDDEN)
     row_mask, column_mask = row < rows, column < hidden
 
     x_ptr += image * rows * channels
@@ -124,13 +118,7 @@ def input_gradient_kernel(
 
     sums: (B, parts, 2), those of hidden_gradient_kernel. Grid: B · row tiles · channel tiles.
     """
-    column_tiles = tl.cdiv(channels, BLOCK_CHANNELS)
-    row_tiles = tl.cdiv(rows, BLOCK_ROWS)
-    column_tile = tl.program_id(0) % column_tiles
-    row_tile = tl.program_id(0) // column_tiles % row_tiles
-    image = (tl.program_id(0) // column_tiles // row_tiles).to(tl.int64)
-    row = row_tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    column = column_tile * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    image, row_tile, _, row, column = place(rows, channels, BLOCK_ROWS, BLOCK_CHANNELS)
     row_mask, column_mask = row < rows, column < channels
     c1 = 0.0
     c2 = 0.0

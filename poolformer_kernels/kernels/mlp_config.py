@@ -188,23 +188,19 @@ def _two_parts(channels: int) -> tuple[int, int]:
     return whole, 0
 
 
-def fused_config(channels: int, num_groups: int, dtype: torch.dtype) -> FusedConfig | None:
+def fused_config(
+    channels: int, num_groups: int, dtype: torch.dtype, x_dtype: torch.dtype | None = None
+) -> FusedConfig | None:
     """The tile of the fused forward; None where two products are the better plan.
 
-    Above 192 channels the weights that each tile of rows reads from L2 cost more than the hidden
-    in memory. float32 tiles with exact products do not fit the registers.
+    dtype: of the products, and of x if x_dtype is None. Above 192 channels the weights that each
+    tile of rows reads from L2 cost more than the hidden in memory. float32 tiles with exact
+    products do not fit the registers.
     """
-    return fused_mixed_config(channels, num_groups, dtype, dtype)
-
-
-def fused_mixed_config(
-    channels: int, num_groups: int, dtype: torch.dtype, x_dtype: torch.dtype
-) -> FusedConfig | None:
-    """`fused_config` of an x in `x_dtype` with products in `dtype`."""
     most = next((most for most in FUSED if channels <= most), None)
     if most is None or num_groups > 1 or dtype == torch.float32:
         return None
-    table = FUSED if x_dtype == dtype else FUSED | FUSED_MIXED
+    table = FUSED if x_dtype in (None, dtype) else FUSED | FUSED_MIXED
     tile = _here(table[most])
     return None if tile is None else replace(tile, parts=_two_parts(channels))
 

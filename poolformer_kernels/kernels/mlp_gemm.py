@@ -13,6 +13,19 @@ from .activations import activate
 
 
 @triton.jit
+def place(rows, columns, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+    """(image as int64, tile of rows, tile of columns, its rows, its columns) of this program."""
+    column_tiles = tl.cdiv(columns, BLOCK_COLUMNS)
+    row_tiles = tl.cdiv(rows, BLOCK_ROWS)
+    column_tile = tl.program_id(0) % column_tiles
+    row_tile = tl.program_id(0) // column_tiles % row_tiles
+    image = (tl.program_id(0) // column_tiles // row_tiles).to(tl.int64)
+    row = row_tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    column = column_tile * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    return image, row_tile, column_tile, row, column
+
+
+@triton.jit
 def merge_kernel(stats_ptr, saved_ptr, partials, eps, BLOCK: tl.constexpr):
     """saved: (mean, rstd) of each image and group. Grid: B · G."""
     index = tl.program_id(0).to(tl.int64)
@@ -86,13 +99,7 @@ def hidden_kernel(
     With one group, each program merges stats: (B, 1, P, 3), and one an image writes saved:
     (B, 1, 2). With more, saved is given. Grid: B · row tiles · hidden tiles.
     """
-    column_tiles = tl.cdiv(hidden, BLOCK_HIDDEN)
-    row_tiles = tl.cdiv(rows, BLOCK_ROWS)
-    column_tile = tl.program_id(0) % column_tiles
-    row_tile = tl.program_id(0) // column_tiles % row_tiles
-    image = (tl.program_id(0) // column_tiles // row_tiles).to(tl.int64)
-    row = row_tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    column = column_tile * BLOCK_HIDDEN + tl.arange(0, BLOCK_HIDDEN)
+    image, row_tile, column_tile, row, column = place(rows, hidden, BLOCK_ROWS, BLOCK_HIDDEN)
     row_mask, column_mask = row < rows, column < hidden
 
     if ONE_GROUP:
@@ -163,13 +170,7 @@ def residual_kernel(
 
     Grid: B · row tiles · channel tiles.
     """
-    column_tiles = tl.cdiv(channels, BLOCK_CHANNELS)
-    row_tiles = tl.cdiv(rows, BLOCK_ROWS)
-    column_tile = tl.program_id(0) % column_tiles
-    row_tile = tl.program_id(0) // column_tiles % row_tiles
-    image = (tl.program_id(0) // column_tiles // row_tiles).to(tl.int64)
-    row = row_tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    column = column_tile * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    image, row_tile, column_tile, row, column = place(rows, channels, BLOCK_ROWS, BLOCK_CHANNELS)
     row_mask, column_mask = row < rows, column < channels
 
     local_row = tl.arange(0, BLOCK_ROWS)
