@@ -3,6 +3,7 @@
     python -m benchmarks.bench_model                                   # S12, batch 1 and 8
     python -m benchmarks.bench_model --variants s12 m36 --dtypes float32 bfloat16
     python -m benchmarks.bench_model --contenders eager accelerated torch.compile
+    python -m benchmarks.bench_model --peers           # beside OpenVINO, ONNX Runtime, ...
 
 Speed-ups are over the first contender in the first layout: eager NCHW, what users run today.
 Writes benchmarks/results/model.csv and a chart beside it. A result that is wrong is not timed, and
@@ -27,10 +28,20 @@ from poolformer_kernels.models.poolformer.variants import VARIANTS
 
 from . import plots
 from .harness import Case, Contender, run_cases
-from .memory import peak_memory
-from .models import CONTENDERS, DEFAULT, EAGER_SOURCE, Forward, Setting, Unavailable, exact_logits
+from .memory import keep_freed_memory, peak_memory
+from .models import (
+    CONTENDERS,
+    DEFAULT,
+    EAGER_SOURCE,
+    Forward,
+    Setting,
+    Unavailable,
+    build_run,
+    exact_logits,
+)
 from .op_cases import DTYPES, LAYOUTS
 from .options import make_parser, prepare
+from .peers import PEERS
 from .report import RESULTS, table, write_csv
 
 COLUMNS = {
@@ -53,13 +64,18 @@ def make_forwards(
 ) -> tuple[dict[str, Forward], dict[str, str]]:
     """Placed pixels to logits, by "name, layout"; and why some contenders are missing."""
     forwards: dict[str, Forward] = {}
-    absent = {}
-    for name, layout in product(names, layouts):
-        placed = replace(setting, layout=layout)
-        try:
-            forwards[f"{name}, {layout}"] = CONTENDERS[name](placed)
-        except Unavailable as reason:
-            absent[name] = str(reason)
+    absent: dict[str, str] = {}
+    for name in names:
+        reasons = []
+        for layout in layouts:
+            try:
+                built = CONTENDERS[name](replace(setting, layout=layout))
+            except Unavailable as reason:
+                reasons.append(str(reason))
+            else:
+                forwards[f"{name}, {layout}"] = built
+        if len(reasons) == len(layouts):
+            absent[name] = reasons[0]
     return forwards, absent
 
 
@@ -97,7 +113,8 @@ def add_memory(
             "image_size": cases[0].labels["image_size"],
             **asdict(replace(setting, layout=layout)),
         }
-        peaks = peak_memory("benchmarks.models:build_run", options, sizes)
+        target = f"{__package__}.bench_model:{build_run.__name__}"  # which knows all contenders
+        peaks = peak_memory(target, options, sizes)
         for case in cases:
             case.extra.setdefault(full_name, {})["peak_mib"] = peaks.get(case.labels["batch"])
         tick()
@@ -115,6 +132,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=DTYPES)
     parser.add_argument("--layouts", nargs="+", default=list(LAYOUTS), choices=LAYOUTS)
     parser.add_argument("--contenders", nargs="+", default=list(DEFAULT), choices=CONTENDERS)
+    parser.add_argument("--peers", action="store_true", help="enter other engines too")
     parser.add_argument("--checkpoint", help="folder, file or hub name; default: seeded weights")
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--no-memory", action="store_true", help="skip the peak memory")
@@ -124,12 +142,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     machine = prepare(options) | {"eager": EAGER_SOURCE}
+    keep_freed_memory()
+    names = [*options.contenders, *(PEERS if options.peers else ())]
     draw = torch.Generator().manual_seed(0)
     rows: list[dict[str, Any]] = []
     red: list[str] = []
     for variant, dtype in product(options.variants, options.dtypes):
         setting = Setting(variant, dtype, "nchw", options.device, options.checkpoint)
-        forwards, absent = make_forwards(setting, options.contenders, options.layouts)
+        forwards, absent = make_forwards(setting, names, options.layouts)
         for name, reason in absent.items():
             print(f"without {name}: {reason}")
         shape = (3, options.image_size, options.image_size)
