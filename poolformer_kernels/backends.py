@@ -36,7 +36,7 @@ class Call:
     dtype: torch.dtype
     act: str | None = None  # "callable" where it is no name; None where the op has no activation
     grad: bool = False
-    autocast: bool = False
+    autocast: bool = False  # then dtype is x's alone
 
 
 def _torch(call: Call) -> str | None:
@@ -61,8 +61,8 @@ def _cpu(call: Call) -> str | None:
         return f"it runs on CPU tensors, and this one is on {call.device}"
     if _extension.load() is None:
         return _extension.why_not()
-    if call.autocast:
-        return "under autocast the dtypes of activations and weights differ"
+    if call.autocast and call.dtype == torch.float64:
+        return "under autocast its kernels compute in float32"
     return _kernel_limits(call, _CPU_DTYPES)
 
 
@@ -118,11 +118,11 @@ def _cpu_slower(call: Call) -> str | None:
         return "PyTorch's own group_norm is as fast"
     if call.dtype == torch.float64:
         return "float64 is there to check gradients, not for speed"
-    half = call.dtype in (torch.bfloat16, torch.float16)
-    if call.op == "mlp" and half:
-        name = "native_bf16" if call.dtype == torch.bfloat16 else "native_fp16"
+    product = torch.get_autocast_dtype("cpu") if call.autocast else call.dtype
+    if call.op == "mlp" and product in (torch.bfloat16, torch.float16):
+        name = "native_bf16" if product == torch.bfloat16 else "native_fp16"
         if getattr(_extension.load(), name)():
-            return f"this CPU multiplies {call.dtype} natively, which the kernel does not use yet"
+            return f"this CPU multiplies {product} natively, which the kernel does not use yet"
         return None
     if call.grad:
         return "its backward recomputes the forward in PyTorch, which is slower than eager's"
@@ -203,7 +203,8 @@ def resolve(
         BackendUnavailable: the backend asked for by name cannot run it.
     """
     name = requested(backend)
-    key = (name, op, device, dtype, act, grad, autocast)
+    product = torch.get_autocast_dtype(device) if autocast else dtype
+    key = (name, op, device, dtype, act, grad, autocast, product)
     chosen = _resolved.get(key)
     if chosen is None:
         chosen = _resolved[key] = _choose(name, Call(op, device, dtype, act, grad, autocast))

@@ -95,7 +95,12 @@ AUTO = [
     ({"grad": True, "dtype": torch.bfloat16}, {}, "cpu"),
     ({"grad": True, "dtype": torch.bfloat16, "op": "pool_mixer", "act": None}, {}, "torch"),
     ({"act": "callable"}, {}, "torch"),
-    ({"autocast": True}, {}, "torch"),
+    ({"autocast": True}, {}, "cpu"),
+    ({"autocast": True, "dtype": torch.bfloat16}, {}, "cpu"),
+    ({"autocast": True, "grad": True}, {}, "cpu"),
+    ({"autocast": True}, {"bf16": True}, "torch"),
+    ({"autocast": True, "op": "pool_mixer", "act": None}, {"bf16": True}, "cpu"),
+    ({"autocast": True, "dtype": torch.float64}, {}, "torch"),
     ({"device": "cuda"}, {}, "triton"),
     ({"device": "cuda", "grad": True, "dtype": torch.bfloat16}, {}, "triton"),
     ({"device": "cuda", "op": "group_norm", "act": None}, {}, "triton"),
@@ -124,6 +129,13 @@ def test_auto_takes_the_first_that_can_and_is_not_slower(
     assert resolve(**call) == expected
 
 
+def test_the_dtype_of_autocast_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, bf16=True)
+    for dtype, expected in ((torch.bfloat16, "torch"), (torch.float16, "cpu")):
+        with torch.autocast("cpu", dtype):
+            assert resolve(autocast=True) == expected
+
+
 def test_without_the_extension_auto_moves_on_and_a_name_is_an_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -139,7 +151,7 @@ def test_without_the_extension_auto_moves_on_and_a_name_is_an_error(
     [
         ({"device": "cuda", "backend": "cpu"}, "it runs on CPU tensors, and this one is on cuda"),
         ({"act": "callable", "backend": "cpu"}, "an activation given as a callable"),
-        ({"autocast": True, "backend": "cpu"}, "under autocast"),
+        ({"autocast": True, "dtype": torch.float64, "backend": "cpu"}, "compute in float32"),
         ({"backend": "cuda"}, "it runs on NVIDIA GPUs, and this tensor is on cpu"),
         ({"backend": "cuda", "device": "cuda", "grad": True}, r"no CUDA C\+\+ kernel for its"),
         (

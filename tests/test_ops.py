@@ -41,6 +41,30 @@ def test_forward_and_gradients(
     assert torch.equal(no_grad, ours[0]), "the forward depends on whether gradients are wanted"
 
 
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("backend", KERNELS)
+def test_autocast_follows_eager(
+    backend: str, op: str, dtype: torch.dtype, x_dtype: torch.dtype
+) -> None:
+    """Parameters in float32, x as a block before or a convolution under autocast returns it."""
+    case = Case((2, 24, 7, 5), drop=True, hidden=40, mean=10.0)
+    x = cases.random_input(case, "channels_last", x_dtype)
+    params, options = cases.parameters(op, case, torch.float32), cases.options(op, case)
+    if x_dtype != torch.float32 and op != "group_norm":
+        params[-1] = None  # a layer scale makes every result float32
+    dy = torch.randn(case.shape)
+    with torch.autocast("cpu", dtype):
+        ours, eager = (
+            cases.run(getattr(pk, op), x, params, dy, backend=name, **options)
+            for name in (backend, "torch")
+        )
+    exact = cases.oracle(op, x, params, dy, **options)
+    cases.assert_as_exact_as_eager(ours, eager, exact)
+    assert [t.dtype for t in ours] == [t.dtype for t in eager]
+
+
 @pytest.mark.parametrize("backend", KERNELS)
 def test_long_sums_have_at_most_twice_the_error_of_eager(backend: str) -> None:
     x, params, options = setup("mlp", Case((8, 320, 14, 14)), "nchw", torch.float32)
