@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from torch.compiler import is_exporting
+from torch.jit import is_tracing
 
 from . import _extension
 
@@ -167,7 +169,12 @@ _default = check_name(os.environ.get("POOLFORMER_BACKEND", "auto"), "POOLFORMER_
 
 
 def requested(backend: str | None = None) -> str:
-    """The name that rules: the argument, the innermost `use_backend`, the environment, "auto"."""
+    """The name that rules: the argument, the innermost `use_backend`, the environment, "auto".
+
+    While torch.onnx.export runs it is "torch", so that an accelerated model gives a stock graph.
+    """
+    if (is_exporting() or is_tracing()) and torch.onnx.is_in_onnx_export():  # it takes 4 µs to ask
+        return "torch"
     if backend is not None:
         return check_name(backend)
     return _state.backend or _default
