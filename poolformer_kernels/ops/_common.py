@@ -118,10 +118,15 @@ def finish_backward(x: Tensor, grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 class _Once(torch.autograd.Function):
     """Gradients as they are; the gradient of them is an error."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, op: str, count: int, *tensors: Tensor | None) -> Any:
-        ctx.op = op
+    def forward(op: str, count: int, *tensors: Tensor | None) -> Any:
         return tuple(None if t is None else t.view_as(t) for t in tensors[:count])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.op = inputs[0]
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
@@ -130,6 +135,16 @@ class _Once(torch.autograd.Function):
             'For second derivatives (create_graph=True) run the forward with backend "torch": '
             'use_backend("torch"), or accelerate(model, "torch").'
         )
+
+
+class KernelFunction(torch.autograd.Function):
+    """Autograd of an op whose forward and backward are kernels.
+
+    Under torch.func.vmap the op runs once for each slice. It has no forward mode: torch.compile
+    refuses Functions with a jvp, also with one that only says so.
+    """
+
+    generate_vmap_rule = True
 
 
 def once(op: str, grads: tuple[Tensor | None, ...], *inputs: Tensor | None) -> Any:

@@ -58,7 +58,7 @@ _forward_op = torch.ops.poolformer_kernels.group_norm_fwd.default
 _backward_op = torch.ops.poolformer_kernels.group_norm_bwd.default
 
 
-class GroupNormFunction(torch.autograd.Function):
+class GroupNormFunction(common.KernelFunction):
     """Autograd of `group_norm`, with its arguments. Saves x and two numbers per image and group."""
 
     @staticmethod

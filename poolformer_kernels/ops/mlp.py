@@ -89,7 +89,7 @@ _forward_op = torch.ops.poolformer_kernels.mlp_fwd.default
 _backward_op = torch.ops.poolformer_kernels.mlp_bwd.default
 
 
-class MlpFunction(torch.autograd.Function):
+class MlpFunction(common.KernelFunction):
     """Autograd of `mlp`, with the arguments of mlp_fwd.
 
     Saves x, two numbers per image and group and, if asked for, the hidden; else it is recomputed.

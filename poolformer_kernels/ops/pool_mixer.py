@@ -77,7 +77,7 @@ _forward_op = torch.ops.poolformer_kernels.pool_mixer_fwd.default
 _backward_op = torch.ops.poolformer_kernels.pool_mixer_bwd.default
 
 
-class PoolMixerFunction(torch.autograd.Function):
+class PoolMixerFunction(common.KernelFunction):
     """Autograd of `pool_mixer`. Saves x and two numbers per image and group, no intermediate.
 
     Its arguments are norm_bias and then those of pool_mixer_fwd.
