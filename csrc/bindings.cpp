@@ -1,6 +1,4 @@
-// The CPU ops of the dispatcher: checks, memory, threads. The kernels are in csrc/cpu.
-#include <ATen/ATen.h>
-#include <ATen/Parallel.h>
+// The forwards of the CPU ops: checks, memory, threads. The kernels are in csrc/cpu.
 #include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 
@@ -9,8 +7,7 @@
 #include <tuple>
 #include <vector>
 
-#include "checks.h"
-#include "cpu/kernels.h"
+#include "cpu_tensors.h"
 
 #ifdef WITH_CUDA
 void bind_cuda(pybind11::module_&);
@@ -18,57 +15,6 @@ void bind_cuda(pybind11::module_&);
 
 namespace poolformer {
 namespace {
-
-// An op's x in the memory format of its output, and the output.
-struct Tensors {
-  Tensor x, out;
-  cpu::Image image;
-
-  Tensors(const Tensor& input, int64_t num_groups) {
-    auto format = input.suggest_memory_format();
-    x = input.contiguous(format);
-    out = at::empty(x.sizes(), x.options().memory_format(format));
-    image.data = x.const_data_ptr();
-    image.channels_last = format == at::MemoryFormat::ChannelsLast;
-    auto type = x.scalar_type();
-    image.dtype = type == at::kFloat      ? cpu::Dtype::kFloat32
-                  : type == at::kBFloat16 ? cpu::Dtype::kBFloat16
-                  : type == at::kHalf     ? cpu::Dtype::kFloat16
-                                          : cpu::Dtype::kFloat64;
-    image.batch = x.size(0), image.channels = x.size(1);
-    image.height = x.size(2), image.width = x.size(3), image.groups = num_groups;
-  }
-};
-
-// A contiguous copy of what is not contiguous.
-class Contiguous {
- public:
-  explicit Contiguous(const OptionalTensor& t) {
-    if (t) tensor_ = t->contiguous();
-  }
-  const void* data() const { return tensor_.defined() ? tensor_.const_data_ptr() : nullptr; }
-
- private:
-  Tensor tensor_;
-};
-
-class Factors {
- public:
-  explicit Factors(const OptionalTensor& t) {
-    if (t) tensor_ = t->to(at::kDouble).contiguous();
-  }
-  const double* data() const {
-    return tensor_.defined() ? tensor_.const_data_ptr<double>() : nullptr;
-  }
-
- private:
-  Tensor tensor_;
-};
-
-template <class F>
-void run(int64_t tasks, int64_t grain, F&& f) {
-  at::parallel_for(0, tasks, grain, f);
-}
 
 // Merges every `count` partials in a row, in their order.
 std::vector<cpu::Partial> merge_rows(const std::vector<cpu::Partial>& partials, int64_t rows) {
@@ -141,11 +87,6 @@ struct Moments {
     });
   }
 };
-
-void check_backend(const char* op, const std::string& backend) {
-  TORCH_CHECK_VALUE(backend == "cpu", op, ": the tensors are on the CPU and backend is '", backend,
-                    "'; this op runs backend 'cpu' there.");
-}
 
 Tensor no_stats(const Tensor& x) { return at::empty({0}, x.options().dtype(accumulate_type(x))); }
 

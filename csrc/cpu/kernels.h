@@ -66,6 +66,33 @@ struct PoolMixerArgs {
   Partial* partials;  // (batch, groups, slots) of the output, or null
 };
 
+struct GroupNormBackwardArgs {
+  Image in;  // x
+  const void* dy;
+  bool accumulated;      // dy has the accumulation type, else x's
+  const void* residual;  // what is added to dx, or null
+  void* out;             // dx
+  const double* mean;    // (batch, groups)
+  // dx = scale dy + slope (x - mean) + offset: scale (batch, channels), the others (batch, groups).
+  const double *scale, *slope, *offset;
+  int64_t tasks;  // per image
+  int64_t parts;  // of the sums of an image
+  double* sums;   // (batch, parts, 2, channels), of dy and of dy (x - mean)
+};
+
+struct PoolMixerBackwardArgs {
+  Image in;  // x
+  const void* dy;
+  void* out;           // dx
+  const double* mean;  // (batch, groups)
+  // dx = dy + gain (P' dy - dy) - slope (x - mean): gain (batch, channels), slope (batch, groups).
+  const double *gain, *slope;
+  int64_t pool_size;
+  int64_t tasks;   // per image
+  int64_t strips;  // of an image
+  double* sums;    // (batch, strips, channels), of (P' dy - dy) (x - mean)
+};
+
 struct MlpArgs {
   Image in;
   void* out;
@@ -96,6 +123,12 @@ struct Kernels {
   void (*group_norm)(const GroupNormArgs&, int64_t begin, int64_t end);  // batch * tasks
   void (*pool_mixer_plan)(PoolMixerArgs&);
   void (*pool_mixer)(const PoolMixerArgs&, int64_t begin, int64_t end);  // batch * tasks
+  void (*group_norm_backward_plan)(GroupNormBackwardArgs&);
+  void (*group_norm_backward_sums)(const GroupNormBackwardArgs&, int64_t begin, int64_t end);
+  void (*group_norm_backward)(const GroupNormBackwardArgs&, int64_t begin, int64_t end);
+  void (*pool_mixer_backward_plan)(PoolMixerBackwardArgs&);
+  void (*pool_mixer_backward_sums)(const PoolMixerBackwardArgs&, int64_t begin, int64_t end);
+  void (*pool_mixer_backward)(const PoolMixerBackwardArgs&, int64_t begin, int64_t end);
   void (*mlp_plan)(MlpArgs&);
   void (*mlp)(const MlpArgs&, int64_t begin, int64_t end);         // tiles * splits
   void (*mlp_finish)(const MlpArgs&, int64_t begin, int64_t end);  // panels, if splits > 1
