@@ -156,18 +156,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mlp_fwd(
   const char* op = "mlp";
   check_backend(op, backend);
   check_input(op, x, num_groups, eps);
-  int64_t channels = x.size(1), hidden = fc1_weight.dim() ? fc1_weight.size(0) : 0;
-  TORCH_CHECK_VALUE(hidden > 0, op, ": fc1_weight has shape ", fc1_weight.sizes(),
-                    "; it has to be (hidden, ", channels, ") with hidden >= 1.");
-  check_weight(op, "fc1_weight", fc1_weight, hidden, channels, x);
-  check_weight(op, "fc2_weight", fc2_weight, channels, hidden, x);
-  check_parameter(op, "norm_weight", norm_weight, {channels}, x);
-  check_parameter(op, "norm_bias", norm_bias, {channels}, x);
-  check_parameter(op, "fc1_bias", fc1_bias, {hidden}, x);
-  check_parameter(op, "fc2_bias", fc2_bias, {channels}, x);
-  check_parameter(op, "layer_scale", layer_scale, {channels}, x);
-  check_factor(op, "drop_path", drop_path, x);
-  check_factor(op, "hidden_drop_path", hidden_drop_path, x);
+  int64_t hidden = check_mlp(op, x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight,
+                             fc2_bias, layer_scale, drop_path, hidden_drop_path);
   check_stats(op, stats, num_groups, x);
   const Activation activation = activation_of(op, act);
 

@@ -182,9 +182,71 @@ std::tuple<Tensor, Tensor, Tensor> pool_mixer_bwd(const Tensor& dy, const Tensor
   return {b.t.out, as_parameter(dnorm_weight, x), as_parameter(dscale, x)};
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mlp_bwd(
+    const Tensor& dz, const Tensor& x, const Tensor& saved, const OptionalTensor&,
+    const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, const Tensor& fc1_weight,
+    const OptionalTensor& fc1_bias, const Tensor& fc2_weight, const OptionalTensor& fc2_bias,
+    const OptionalTensor& layer_scale, const OptionalTensor& drop_path,
+    const OptionalTensor& hidden_drop_path, std::string act, std::string backend) {
+  const char* op = "mlp";
+  check_backend(op, backend);
+  check_input(op, x, check_backward(op, dz, x, saved), 0);
+  int64_t hidden = check_mlp(op, x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight,
+                             fc2_bias, layer_scale, drop_path, hidden_drop_path);
+
+  const auto& kernels = cpu::kernels();
+  Backward b(dz, x, saved);
+  const cpu::Image& in = b.image();
+  int64_t channels = in.channels;
+  Contiguous gamma(norm_weight), beta(norm_bias), w1(fc1_weight), b1(fc1_bias), w2(fc2_weight),
+      contiguous_scale(layer_scale);
+  Factors k(drop_path), ka(hidden_drop_path), b2(fc2_bias), scale(layer_scale);
+  Tensor dfc1 = at::empty(fc1_weight.sizes(), x.options());
+  Tensor dfc1_bias = at::empty({hidden}, x.options());
+  Tensor dfc2 = at::empty(fc2_weight.sizes(), x.options());
+  cpu::MlpBackwardArgs args{};
+  args.in = in, args.dz = b.gradient.const_data_ptr();
+  args.norm_weight = gamma.data(), args.norm_bias = beta.data();
+  args.mean = b.mean.data(), args.rstd = b.rstd.data();
+  args.fc1_weight = w1.data(), args.fc1_bias = b1.data(), args.fc2_weight = w2.data();
+  args.layer_scale = contiguous_scale.data();
+  args.drop_path = k.data(), args.hidden_drop_path = ka.data();
+  args.activation = activation_of(op, act), args.hidden = hidden;
+  args.fc1_gradient = dfc1.mutable_data_ptr();
+  args.fc1_bias_gradient = dfc1_bias.mutable_data_ptr();
+  args.fc2_gradient = dfc2.mutable_data_ptr();
+  kernels.mlp_backward_plan(args);
+  auto bytes = [](size_t size) { return at::empty({static_cast<int64_t>(size)}, at::kByte); };
+  Tensor weights = bytes(args.weights_bytes), parts = bytes(args.parts_bytes),
+         gradient = bytes(args.gradient_bytes);
+  std::vector<double> column_sums(args.row_parts * channels), scale_sums(args.panels * channels);
+  args.weights = weights.mutable_data_ptr(), args.parts = parts.mutable_data_ptr();
+  args.gradient = gradient.mutable_data_ptr();
+  args.column_sums = column_sums.data(), args.scale_sums = scale_sums.data();
+  auto run_kernel = [&](auto kernel, int64_t tasks, int64_t grain) {
+    run(tasks, grain, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  };
+  run_kernel(kernels.mlp_backward_pack, args.panels, 4);
+  run_kernel(kernels.mlp_backward, args.row_parts * args.hidden_parts, 1);
+  run_kernel(kernels.mlp_backward_finish, args.panels, 4);
+  if (args.hidden_parts > 1) run_kernel(kernels.mlp_backward_add, in.batch, 1);
+
+  std::vector<double> dnorm_weight, dnorm_bias, dfc2_bias(channels), dscale(channels);
+  norm_backward(kernels, b, norm_weight, args.gradient, true, args.dz, dnorm_weight, dnorm_bias);
+  add_rows(column_sums.data(), args.row_parts, channels, dfc2_bias.data());
+  add_rows(scale_sums.data(), args.panels, channels, dscale.data());
+  for (int64_t c = 0; c < channels; ++c) {
+    if (b2.data()) dscale[c] += b2.data()[c] * dfc2_bias[c];
+    if (scale.data()) dfc2_bias[c] *= scale.data()[c];
+  }
+  return {b.t.out, as_parameter(dnorm_weight, x), as_parameter(dnorm_bias, x), dfc1, dfc1_bias,
+          dfc2,    as_parameter(dfc2_bias, x),    as_parameter(dscale, x)};
+}
+
 TORCH_LIBRARY_IMPL(poolformer_kernels, CPU, m) {
   m.impl("group_norm_bwd", group_norm_bwd);
   m.impl("pool_mixer_bwd", pool_mixer_bwd);
+  m.impl("mlp_bwd", mlp_bwd);
 }
 
 }  // namespace

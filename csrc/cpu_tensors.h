@@ -70,4 +70,25 @@ inline void check_backend(const char* op, const std::string& backend) {
                     "'; this op runs backend 'cpu' there.");
 }
 
+// Checks the parameters of the MLP; returns its hidden channels.
+inline int64_t check_mlp(const char* op, const Tensor& x, const OptionalTensor& norm_weight,
+                         const OptionalTensor& norm_bias, const Tensor& fc1_weight,
+                         const OptionalTensor& fc1_bias, const Tensor& fc2_weight,
+                         const OptionalTensor& fc2_bias, const OptionalTensor& layer_scale,
+                         const OptionalTensor& drop_path, const OptionalTensor& hidden_drop_path) {
+  int64_t channels = x.size(1), hidden = fc1_weight.dim() ? fc1_weight.size(0) : 0;
+  TORCH_CHECK_VALUE(hidden > 0, op, ": fc1_weight has shape ", fc1_weight.sizes(),
+                    "; it has to be (hidden, ", channels, ") with hidden >= 1.");
+  check_weight(op, "fc1_weight", fc1_weight, hidden, channels, x);
+  check_weight(op, "fc2_weight", fc2_weight, channels, hidden, x);
+  check_parameter(op, "norm_weight", norm_weight, {channels}, x);
+  check_parameter(op, "norm_bias", norm_bias, {channels}, x);
+  check_parameter(op, "fc1_bias", fc1_bias, {hidden}, x);
+  check_parameter(op, "fc2_bias", fc2_bias, {channels}, x);
+  check_parameter(op, "layer_scale", layer_scale, {channels}, x);
+  check_factor(op, "drop_path", drop_path, x);
+  check_factor(op, "hidden_drop_path", hidden_drop_path, x);
+  return hidden;
+}
+
 }  // namespace poolformer

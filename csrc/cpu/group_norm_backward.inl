@@ -70,10 +70,8 @@ static void norm_sums(const GroupNormBackwardArgs& args, int64_t begin, int64_t 
       }
       continue;
     }
-    for (int64_t c = 0; c < channels; ++c) {
-      plain[c] = centered[c] = 0;
-      mean[c] = static_cast<A>(means[c / in.group_channels()]);
-    }
+    for (int64_t c = 0; c < channels; ++c) plain[c] = centered[c] = 0;
+    spread_groups(in, means, mean);
     for (int64_t p = task.first; p < task.last; ++p) {
       for_each_vector<A>(channels, [&](int64_t c, auto lanes) {
         using V = decltype(lanes);
@@ -100,14 +98,15 @@ static void norm_gradients(const GroupNormBackwardArgs& args, int64_t begin, int
   for (int64_t i = begin; i < end; ++i) {
     NormTask task(args, i);
     int64_t image = task.image * channels * pixels;
-    for (int64_t c = 0; task.image != last_image && c < channels; ++c) {
-      int64_t group = task.image * in.groups + c / in.group_channels();
-      mean[c] = static_cast<A>(args.mean[group]);
-      scale[c] = static_cast<A>(args.scale[task.image * channels + c]);
-      slope[c] = static_cast<A>(args.slope[group]);
-      offset[c] = static_cast<A>(args.offset[group]);
+    if (task.image != last_image) {
+      last_image = task.image;
+      for (int64_t c = 0; c < channels; ++c) {
+        scale[c] = static_cast<A>(args.scale[task.image * channels + c]);
+      }
+      spread_groups(in, args.mean + task.image * in.groups, mean);
+      spread_groups(in, args.slope + task.image * in.groups, slope);
+      spread_groups(in, args.offset + task.image * in.groups, offset);
     }
-    last_image = task.image;
     const T* x = as<T>(in.data) + image;
     const G* dy = as<G>(args.dy) + image;
     const T* residual = args.residual ? as<T>(args.residual) + image : nullptr;

@@ -114,6 +114,29 @@ struct MlpArgs {
   Partial* partials;   // (batch, groups, slots) of the output, or null
 };
 
+struct MlpBackwardArgs {
+  Image in;  // x
+  const void* dz;
+  const void *norm_weight, *norm_bias;         // (channels) or null
+  const double *mean, *rstd;                   // (batch, groups)
+  const void* fc1_weight;                      // (hidden, channels)
+  const void* fc1_bias;                        // (hidden) or null
+  const void* fc2_weight;                      // (channels, hidden)
+  const void* layer_scale;                     // (channels) or null
+  const double *drop_path, *hidden_drop_path;  // (batch) or null
+  Activation activation;
+  int64_t hidden;
+  void *fc1_gradient, *fc1_bias_gradient, *fc2_gradient;  // like the parameters
+  // Set by mlp_backward_plan. A task is one part of the pixels and one of the hidden channels.
+  int64_t row_parts, hidden_parts, panels;
+  size_t weights_bytes, parts_bytes, gradient_bytes;
+  void* weights;        // as the products read them
+  void* parts;          // gradients of the weights and of fc1's bias, for each part of the pixels
+  void* gradient;       // dn, like x in the accumulation type, for each part of the hidden
+  double* column_sums;  // (row_parts, channels), of drop_path * dz
+  double* scale_sums;   // (panels, channels), of fc2_weight times its unscaled gradient
+};
+
 // Every function works on tasks [begin, end).
 struct Kernels {
   const char* name;
@@ -132,6 +155,11 @@ struct Kernels {
   void (*mlp_plan)(MlpArgs&);
   void (*mlp)(const MlpArgs&, int64_t begin, int64_t end);         // tiles * splits
   void (*mlp_finish)(const MlpArgs&, int64_t begin, int64_t end);  // panels, if splits > 1
+  void (*mlp_backward_plan)(MlpBackwardArgs&);
+  void (*mlp_backward_pack)(const MlpBackwardArgs&, int64_t begin, int64_t end);    // panels
+  void (*mlp_backward)(const MlpBackwardArgs&, int64_t begin, int64_t end);         // parts * parts
+  void (*mlp_backward_add)(const MlpBackwardArgs&, int64_t begin, int64_t end);     // batch
+  void (*mlp_backward_finish)(const MlpBackwardArgs&, int64_t begin, int64_t end);  // panels
 };
 
 extern const Kernels kernels_default, kernels_avx2, kernels_avx512;

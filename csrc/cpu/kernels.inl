@@ -3,6 +3,7 @@
 #include "group_norm.inl"
 #include "group_norm_backward.inl"
 #include "mlp.inl"
+#include "mlp_backward.inl"
 #include "pool_mixer.inl"
 #include "pool_mixer_backward.inl"
 #include "statistics.inl"
@@ -63,6 +64,11 @@ extern const Kernels POOLFORMER_TABLE = {POOLFORMER_NAME,
                                          POOLFORMER_ISA::pool_mixer_backward,
                                          POOLFORMER_ISA::mlp_plan,
                                          POOLFORMER_ISA::mlp,
-                                         POOLFORMER_ISA::mlp_finish};
+                                         POOLFORMER_ISA::mlp_finish,
+                                         POOLFORMER_ISA::mlp_backward_plan,
+                                         POOLFORMER_ISA::mlp_backward_pack,
+                                         POOLFORMER_ISA::mlp_backward,
+                                         POOLFORMER_ISA::mlp_backward_add,
+                                         POOLFORMER_ISA::mlp_backward_finish};
 
 }  // namespace poolformer::cpu

@@ -4,28 +4,9 @@
 
 #include "gemm.inl"
 #include "group_norm.inl"
-#include "pool_mixer.inl"
+#include "rows.inl"
 
 namespace poolformer::cpu::POOLFORMER_ISA {
-
-// The pixels of a panel that lie in one image.
-struct Run {
-  int64_t image, pixel;  // of the first lane
-  int lane, count;
-};
-
-// Calls f for the runs of a panel of `lanes` lanes; pixels of all images are numbered in a row.
-template <class F>
-PF_INLINE void for_each_run(const Image& in, int64_t panel, int lanes, F&& f) {
-  int64_t pixels = in.pixels(), at = panel * lanes, end = smaller(at + lanes, in.batch * pixels);
-  for (int lane = 0; at < end;) {
-    Run run{at / pixels, at % pixels, lane, 0};
-    run.count = static_cast<int>(smaller(end - at, pixels - run.pixel));
-    f(run);
-    at += run.count;
-    lane += run.count;
-  }
-}
 
 template <class A>
 static void mlp_plan_typed(MlpArgs& args) {
@@ -193,7 +174,7 @@ static void write_panel(const MlpArgs& args, int64_t panel, const Acc<T>* sums, 
   const Image& in = args.in;
   A* shift = gain + in.channels;
   T* out = static_cast<T*>(args.out);
-  for_each_run(in, panel, kPanel<A>, [&](const Run& run) {
+  for_each_run(in, panel * kPanel<A>, kPanel<A>, [&](const Run& run) {
     if (run.image != last_image) {
       last_image = run.image;
       A k = args.drop_path ? static_cast<A>(args.drop_path[run.image]) : A(1);
@@ -236,7 +217,7 @@ static void mlp_tile(const MlpArgs& args, int64_t tile, int64_t split, Acc<T>* m
   int64_t image = -1;
   for (int64_t p = first; p < last; ++p) {
     A* to = x + (p - first) * panel_size;
-    for_each_run(in, p, n, [&](const Run& run) {
+    for_each_run(in, p * n, n, [&](const Run& run) {
       if (run.image != image) {
         norm_coefficients<T>(in, run.image, args.mean, args.rstd, args.norm_weight, args.norm_bias,
                              center, scale, shift);

@@ -106,12 +106,8 @@ static void sum_rows_of_images(const PoolMixerBackwardArgs& args, int64_t begin,
   for_each_row<T>(
       args, begin, end,
       [&](const PoolTask& task, A* sums) {
-        A* mean = sums + channels;
-        for (int64_t c = 0; c < channels; ++c) {
-          int64_t group = task.image * in.groups + c / in.group_channels();
-          sums[c] = 0;
-          mean[c] = static_cast<A>(args.mean[group]);
-        }
+        for (int64_t c = 0; c < channels; ++c) sums[c] = 0;
+        spread_groups(in, args.mean + task.image * in.groups, sums + channels);
       },
       [&](int64_t at, int64_t c, auto u, auto, A* sums) {
         using V = decltype(u);
@@ -134,14 +130,13 @@ static void write_rows(const PoolMixerBackwardArgs& args, int64_t begin, int64_t
   for_each_row<T>(
       args, begin, end,
       [&](const PoolTask& task, A* gain) {
-        A *mean = gain + channels, *slope = mean + channels;
-        for (int64_t c = 0; task.image != last_image && c < channels; ++c) {
-          int64_t group = task.image * in.groups + c / in.group_channels();
-          gain[c] = static_cast<A>(args.gain[task.image * channels + c]);
-          mean[c] = static_cast<A>(args.mean[group]);
-          slope[c] = static_cast<A>(args.slope[group]);
-        }
+        if (task.image == last_image) return;
         last_image = task.image;
+        for (int64_t c = 0; c < channels; ++c) {
+          gain[c] = static_cast<A>(args.gain[task.image * channels + c]);
+        }
+        spread_groups(in, args.mean + task.image * in.groups, gain + channels);
+        spread_groups(in, args.slope + task.image * in.groups, gain + 2 * channels);
       },
       [&](int64_t at, int64_t c, auto u, auto g, const A* gain) {
         using V = decltype(u);

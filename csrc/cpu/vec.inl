@@ -188,6 +188,15 @@ static void load_all(const T* in, Acc<T>* out, int64_t n, Acc<T> absent) {
   for (; i < n; ++i) out[i] = load1(in + i);
 }
 
+// out[c] = values[group of c] for the channels of one image; values: (groups).
+template <class A>
+static void spread_groups(const Image& in, const double* values, A* out) {
+  int64_t size = in.group_channels();
+  for (int64_t g = 0; g < in.groups; ++g) {
+    for (int64_t c = g * size; c < (g + 1) * size; ++c) out[c] = static_cast<A>(values[g]);
+  }
+}
+
 template <class A>
 PF_INLINE A sum_lanes(Vec<A> v) {
   A total = 0;
