@@ -90,9 +90,9 @@ template <bool kColumns, class A>
 static void multiply_panels(int64_t rows, int64_t depth, int64_t panels, const A* left,
                             int64_t left_stride, const Panels<const A>& right, const Panels<A>& out,
                             bool add) {
-  for (int64_t r = 0; r < rows; r += kRows) {
-    int count = static_cast<int>(smaller(rows - r, kRows));
-    for (int64_t p = 0; p < panels; ++p) {
+  for (int64_t p = 0; p < panels; ++p) {  // the panel stays in the first-level cache
+    for (int64_t r = 0; r < rows; r += kRows) {
+      int count = static_cast<int>(smaller(rows - r, kRows));
       multiply_rows<kColumns, A, kRows, 2>(
           count, left + at<kColumns>(r, 0, left_stride), left_stride,
           right.data + p * right.distance, right.stride, depth,
