@@ -176,6 +176,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mlp_fwd(
   args.layer_scale = scale.data(), args.drop_path = k.data(), args.hidden_drop_path = ka.data();
   args.hidden = hidden;
   args.activation = activation;
+  Tensor kept = at::empty({0}, fc1_weight.options());  // without it, the backward recomputes it
+  if (save_hidden) {
+    kept = at::empty({x.size(0), x.size(2), x.size(3), hidden}, fc1_weight.options());
+    args.kept = kept.mutable_data_ptr();
+  }
   std::vector<cpu::Partial> partials;
   if (t.image.batch > 0) {
     kernels.mlp_plan(args);
@@ -190,8 +195,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mlp_fwd(
           [&](int64_t begin, int64_t end) { kernels.mlp_finish(args, begin, end); });
     }
   }
-  return {t.out, moments.saved, return_stats ? write_stats(partials, t) : no_stats(t.x),
-          at::empty({0}, fc1_weight.options())};  // the backward recomputes the hidden
+  return {t.out, moments.saved, return_stats ? write_stats(partials, t) : no_stats(t.x), kept};
 }
 
 TORCH_LIBRARY_IMPL(poolformer_kernels, CPU, m) {

@@ -183,7 +183,7 @@ std::tuple<Tensor, Tensor, Tensor> pool_mixer_bwd(const Tensor& dy, const Tensor
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mlp_bwd(
-    const Tensor& dz, const Tensor& x, const Tensor& saved, const OptionalTensor&,
+    const Tensor& dz, const Tensor& x, const Tensor& saved, const OptionalTensor& kept,
     const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, const Tensor& fc1_weight,
     const OptionalTensor& fc1_bias, const Tensor& fc2_weight, const OptionalTensor& fc2_bias,
     const OptionalTensor& layer_scale, const OptionalTensor& drop_path,
@@ -193,19 +193,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mlp_b
   check_input(op, x, check_backward(op, dz, x, saved), 0);
   int64_t hidden = check_mlp(op, x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight,
                              fc2_bias, layer_scale, drop_path, hidden_drop_path);
+  int64_t kept_shape[] = {x.size(0), x.size(2), x.size(3), hidden};
+  bool keeps = kept && kept->numel() > 0;
+  if (keeps) check_parameter(op, "hidden", kept, kept_shape, x);
 
   const auto& kernels = cpu::kernels();
   Backward b(dz, x, saved);
   const cpu::Image& in = b.image();
   int64_t channels = in.channels;
   Contiguous gamma(norm_weight), beta(norm_bias), w1(fc1_weight), b1(fc1_bias), w2(fc2_weight),
-      contiguous_scale(layer_scale);
+      contiguous_scale(layer_scale), hidden_rows(keeps ? kept : OptionalTensor());
   Factors k(drop_path), ka(hidden_drop_path), b2(fc2_bias), scale(layer_scale);
   Tensor dfc1 = at::empty(fc1_weight.sizes(), x.options());
   Tensor dfc1_bias = at::empty({hidden}, x.options());
   Tensor dfc2 = at::empty(fc2_weight.sizes(), x.options());
   cpu::MlpBackwardArgs args{};
-  args.in = in, args.dz = b.gradient.const_data_ptr();
+  args.in = in, args.dz = b.gradient.const_data_ptr(), args.kept = hidden_rows.data();
   args.norm_weight = gamma.data(), args.norm_bias = beta.data();
   args.mean = b.mean.data(), args.rstd = b.rstd.data();
   args.fc1_weight = w1.data(), args.fc1_bias = b1.data(), args.fc2_weight = w2.data();

@@ -9,6 +9,7 @@ from typing import Any
 import cases
 import pytest
 import torch
+import torch.nn.functional as F
 from cases import Case
 from torch import Tensor
 
@@ -73,10 +74,19 @@ def expected(
     return exact, cases.run(getattr(reference, op), x, params, dy, **options)
 
 
-def gradients(op: str, case: Case, layout: str, dtype: torch.dtype) -> list[Tensor]:
+def gradients(op: str, case: Case, layout: str, dtype: torch.dtype, **more: Any) -> list[Tensor]:
     """Output and gradients of the kernels."""
     x, params, dy, options = arguments(op, case, layout, dtype)
-    return cases.run(getattr(pk, op), x, params, dy, backend="cpu", **options)
+    return cases.run(getattr(pk, op), x, params, dy, backend="cpu", **options, **more)
+
+
+def assert_right(ours: list[Tensor], op: str, case: Case, layout: str, dtype: torch.dtype) -> None:
+    exact, eager = expected(op, case, layout, dtype)
+    if dtype == torch.float64:
+        for a, b in zip(ours, exact, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+    else:
+        cases.assert_as_exact_as_eager(ours, eager, exact)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -86,13 +96,41 @@ def gradients(op: str, case: Case, layout: str, dtype: torch.dtype) -> list[Tens
 def test_as_exact_as_eager(
     op: str, case: Case, layout: str, dtype: torch.dtype, capability: str
 ) -> None:
-    ours = gradients(op, case, layout, dtype)
-    exact, eager = expected(op, case, layout, dtype)
-    if dtype == torch.float64:
-        for a, b in zip(ours, exact, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
-    else:
-        cases.assert_as_exact_as_eager(ours, eager, exact)
+    assert_right(gradients(op, case, layout, dtype), op, case, layout, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_as_exact_as_eager_where_the_hidden_is_kept(
+    case: Case, layout: str, dtype: torch.dtype, capability: str
+) -> None:
+    ours = gradients("mlp", case, layout, dtype, save_hidden=True)
+    assert_right(ours, "mlp", case, layout, dtype)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", [*CASES[:5], Case((0, 8, 5, 5))], ids=str)
+def test_the_kept_hidden_is_what_the_backward_reads(
+    case: Case, layout: str, capability: str
+) -> None:
+    x, params, dz, options = arguments("mlp", case, layout, torch.float32)
+    factors = (options.get("drop_path"), options.get("hidden_drop_path"))
+    settings = (case.num_groups, 1e-5, False, True, "cpu")
+    _, saved, _, hidden = torch.ops.poolformer_kernels.mlp_fwd(
+        x, None, *params, *factors, case.act, *settings
+    )
+    gamma, beta, fc1, fc1_bias = (None if p is None else p.double() for p in params[:4])
+    normed = torch.group_norm(x.double(), case.num_groups, gamma, beta)
+    exact = F.conv2d(normed, fc1[:, :, None, None], fc1_bias).permute(0, 2, 3, 1)
+    assert hidden.is_contiguous()
+    torch.testing.assert_close(hidden.double(), exact, rtol=1e-4, atol=1e-4)
+    rest = (*params, *factors, case.act, "cpu")
+    once, twice = (
+        torch.ops.poolformer_kernels.mlp_bwd(dz, x, saved, kept, *rest)
+        for kept in (hidden, 2 * hidden)
+    )
+    assert case.shape[0] == 0 or not torch.allclose(once[3], twice[3], rtol=0.01)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -118,9 +156,7 @@ def test_same_bits_on_any_number_of_threads(
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("strides", ["sliced", "permuted", "expanded", "other"])
 @pytest.mark.parametrize("op", OPS)
-def test_any_strides_of_the_gradient_and_the_parameters(
-    op: str, strides: str, layout: str
-) -> None:
+def test_any_strides_of_the_gradient_and_the_parameters(op: str, strides: str, layout: str) -> None:
     x, params, dy, options = arguments(op, CASES[3], layout, torch.float32)
     if strides == "other":
         given = cases.layout_of(dy, LAYOUTS[layout == LAYOUTS[0]])
@@ -200,6 +236,8 @@ BAD = [
     (OPS[1:2], {"fc1_weight": torch.randn(9, 5)}, ValueError, "fc1_weight"),
     (OPS[1:2], {"fc2_weight": torch.randn(6, 8)}, ValueError, "fc2_weight"),
     (OPS[1:2], {"fc1_bias": torch.randn(6)}, ValueError, "fc1_bias"),
+    (OPS[1:2], {"hidden": torch.ones(2, 4, 5, 8)}, ValueError, r"hidden has shape.*4, 5, 9\]"),
+    (OPS[1:2], {"hidden": torch.ones(2, 4, 5, 9).half()}, TypeError, "hidden is Half"),
     (OPS[1:2], {"act": "tanh"}, ValueError, "act is 'tanh'"),
     (OPS[2:], {"weight": torch.ones(7)}, ValueError, "weight has shape"),
 ]

@@ -106,6 +106,7 @@ struct MlpArgs {
   const double *drop_path, *hidden_drop_path;  // (batch) or null
   Activation activation;
   int64_t hidden;
+  void* kept;  // (batch * pixels, hidden), fc1's result, or null
   // Set by mlp_plan. Pixels of all images in a row make panels of one or two vectors; a task is one
   // part of the hidden channels for one tile of panels.
   int64_t panels, tiles, splits, chunk, slots;
@@ -117,6 +118,7 @@ struct MlpArgs {
 struct MlpBackwardArgs {
   Image in;  // x
   const void* dz;
+  const void* kept;                            // (batch * pixels, hidden), fc1's result, or null
   const void *norm_weight, *norm_bias;         // (channels) or null
   const double *mean, *rstd;                   // (batch, groups)
   const void* fc1_weight;                      // (hidden, channels)

@@ -204,6 +204,18 @@ static void read_tile(const MlpBackwardArgs& args, int64_t first, int64_t count,
   });
 }
 
+// Reads the hidden channels of a chunk from `at` on of the rows [first, first + count).
+template <class T>
+static void read_kept(const MlpBackwardArgs& args, int64_t first, int64_t count, int64_t at,
+                      MlpBackwardTile<Acc<T>>& tile) {
+  int64_t size = smaller(tile.chunk, args.hidden - at);
+  for (int64_t i = 0; i < count; ++i) {
+    Acc<T>* row = tile.hidden + i * tile.hidden_stride;
+    load_all<T>(as<T>(args.kept) + (first + i) * args.hidden + at, row, size, Acc<T>(0));
+    for (int64_t j = size; j < round_up(size, kPanel<Acc<T>>); ++j) row[j] = 0;
+  }
+}
+
 // The rows [first, first + count) and the panels [begin, end) of the hidden.
 template <class T>
 static void mlp_backward_tile(const MlpBackwardArgs& args, int64_t first, int64_t count,
@@ -223,11 +235,15 @@ static void mlp_backward_tile(const MlpBackwardArgs& args, int64_t first, int64_
       return Panels<const A>{data + at * channels, n, n * channels};
     };
     Panels<A> hidden{tile.hidden, hidden_stride, n}, dh{tile.dh, hidden_stride, n};
-    multiply_panels<false>(count, channels, panels, tile.normed, stride,
-                           weights(sizes.fc1_panels(args)), hidden, false);
+    if (args.kept) {
+      read_kept<T>(args, first, count, at, tile);
+    } else {
+      multiply_panels<false>(count, channels, panels, tile.normed, stride,
+                             weights(sizes.fc1_panels(args)), hidden, false);
+    }
     multiply_panels<false>(count, channels, panels, tile.gradient, stride,
                            weights(sizes.fc2_panels(args)), dh, false);
-    const T* bias = as<T>(args.fc1_bias);
+    const T* bias = args.kept ? nullptr : as<T>(args.fc1_bias);  // what is kept has it
     load_all<T>(bias ? bias + at : nullptr, tile.bias, smaller(width, args.hidden - at), A(0));
     for (int64_t j = args.hidden - at; j < width; ++j) tile.bias[j] = 0;
     for (int64_t j = 0; !add && j < width; ++j) bias_gradient[at + j] = 0;
