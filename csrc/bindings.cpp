@@ -1,6 +1,4 @@
-// The CPU ops of the dispatcher: checks, memory, threads. The kernels are in csrc/cpu.
-#include <ATen/ATen.h>
-#include <ATen/Parallel.h>
+// The forwards of the CPU ops: checks, memory, threads. The kernels are in csrc/cpu.
 #include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 
@@ -9,8 +7,7 @@
 #include <tuple>
 #include <vector>
 
-#include "checks.h"
-#include "cpu/kernels.h"
+#include "cpu_tensors.h"
 
 #ifdef WITH_CUDA
 void bind_cuda(pybind11::module_&);
@@ -18,57 +15,6 @@ void bind_cuda(pybind11::module_&);
 
 namespace poolformer {
 namespace {
-
-// An op's x in the memory format of its output, and the output.
-struct Tensors {
-  Tensor x, out;
-  cpu::Image image;
-
-  Tensors(const Tensor& input, int64_t num_groups) {
-    auto format = input.suggest_memory_format();
-    x = input.contiguous(format);
-    out = at::empty(x.sizes(), x.options().memory_format(format));
-    image.data = x.const_data_ptr();
-    image.channels_last = format == at::MemoryFormat::ChannelsLast;
-    auto type = x.scalar_type();
-    image.dtype = type == at::kFloat      ? cpu::Dtype::kFloat32
-                  : type == at::kBFloat16 ? cpu::Dtype::kBFloat16
-                  : type == at::kHalf     ? cpu::Dtype::kFloat16
-                                          : cpu::Dtype::kFloat64;
-    image.batch = x.size(0), image.channels = x.size(1);
-    image.height = x.size(2), image.width = x.size(3), image.groups = num_groups;
-  }
-};
-
-// A contiguous copy of what is not contiguous.
-class Contiguous {
- public:
-  explicit Contiguous(const OptionalTensor& t) {
-    if (t) tensor_ = t->contiguous();
-  }
-  const void* data() const { return tensor_.defined() ? tensor_.const_data_ptr() : nullptr; }
-
- private:
-  Tensor tensor_;
-};
-
-class Factors {
- public:
-  explicit Factors(const OptionalTensor& t) {
-    if (t) tensor_ = t->to(at::kDouble).contiguous();
-  }
-  const double* data() const {
-    return tensor_.defined() ? tensor_.const_data_ptr<double>() : nullptr;
-  }
-
- private:
-  Tensor tensor_;
-};
-
-template <class F>
-void run(int64_t tasks, int64_t grain, F&& f) {
-  at::parallel_for(0, tasks, grain, f);
-}
 
 // Merges every `count` partials in a row, in their order.
 std::vector<cpu::Partial> merge_rows(const std::vector<cpu::Partial>& partials, int64_t rows) {
@@ -142,11 +88,6 @@ struct Moments {
   }
 };
 
-void check_backend(const char* op, const std::string& backend) {
-  TORCH_CHECK_VALUE(backend == "cpu", op, ": the tensors are on the CPU and backend is '", backend,
-                    "'; this op runs backend 'cpu' there.");
-}
-
 Tensor no_stats(const Tensor& x) { return at::empty({0}, x.options().dtype(accumulate_type(x))); }
 
 std::tuple<Tensor, Tensor> group_norm_fwd(const Tensor& x, const OptionalTensor& stats,
@@ -215,18 +156,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mlp_fwd(
   const char* op = "mlp";
   check_backend(op, backend);
   check_input(op, x, num_groups, eps);
-  int64_t channels = x.size(1), hidden = fc1_weight.dim() ? fc1_weight.size(0) : 0;
-  TORCH_CHECK_VALUE(hidden > 0, op, ": fc1_weight has shape ", fc1_weight.sizes(),
-                    "; it has to be (hidden, ", channels, ") with hidden >= 1.");
-  check_weight(op, "fc1_weight", fc1_weight, hidden, channels, x);
-  check_weight(op, "fc2_weight", fc2_weight, channels, hidden, x);
-  check_parameter(op, "norm_weight", norm_weight, {channels}, x);
-  check_parameter(op, "norm_bias", norm_bias, {channels}, x);
-  check_parameter(op, "fc1_bias", fc1_bias, {hidden}, x);
-  check_parameter(op, "fc2_bias", fc2_bias, {channels}, x);
-  check_parameter(op, "layer_scale", layer_scale, {channels}, x);
-  check_factor(op, "drop_path", drop_path, x);
-  check_factor(op, "hidden_drop_path", hidden_drop_path, x);
+  int64_t hidden = check_mlp(op, x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight,
+                             fc2_bias, layer_scale, drop_path, hidden_drop_path);
   check_stats(op, stats, num_groups, x);
   const Activation activation = activation_of(op, act);
 
@@ -245,6 +176,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mlp_fwd(
   args.layer_scale = scale.data(), args.drop_path = k.data(), args.hidden_drop_path = ka.data();
   args.hidden = hidden;
   args.activation = activation;
+  Tensor kept = at::empty({0}, fc1_weight.options());  // without it, the backward recomputes it
+  if (save_hidden) {
+    kept = at::empty({x.size(0), x.size(2), x.size(3), hidden}, fc1_weight.options());
+    args.kept = kept.mutable_data_ptr();
+  }
   std::vector<cpu::Partial> partials;
   if (t.image.batch > 0) {
     kernels.mlp_plan(args);
@@ -259,8 +195,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mlp_fwd(
           [&](int64_t begin, int64_t end) { kernels.mlp_finish(args, begin, end); });
     }
   }
-  return {t.out, moments.saved, return_stats ? write_stats(partials, t) : no_stats(t.x),
-          at::empty({0}, fc1_weight.options())};  // the backward recomputes the hidden
+  return {t.out, moments.saved, return_stats ? write_stats(partials, t) : no_stats(t.x), kept};
 }
 
 TORCH_LIBRARY_IMPL(poolformer_kernels, CPU, m) {

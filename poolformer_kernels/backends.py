@@ -125,9 +125,6 @@ def _cpu_slower(call: Call) -> str | None:
         name = "native_bf16" if product == torch.bfloat16 else "native_fp16"
         if getattr(_extension.load(), name)():
             return f"this CPU multiplies {product} natively, which the kernel does not use yet"
-        return None
-    if call.grad:
-        return "its backward recomputes the forward in PyTorch, which is slower than eager's"
     return None
 
 

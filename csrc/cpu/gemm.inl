@@ -10,57 +10,94 @@ constexpr int kRows = POOLFORMER_ROWS;  // kRows x 2 vectors of sums, 2 + 1 more
 template <class A>
 constexpr int kPanel = 2 * kLanes<A>;  // lanes of a panel; the last may use one vector only
 
-template <class A, int kCount, int kVectors>
-PF_INLINE void multiply_step(const A* const* rows, const A* panel, int64_t k,
+// Element (i, k) of a left operand is at i * stride + k, or, where it is kept in columns, at
+// k * stride + i.
+template <bool kColumns>
+constexpr int64_t at(int64_t i, int64_t k, int64_t stride) {
+  return kColumns ? k * stride + i : i * stride + k;
+}
+
+template <bool kColumns, class A, int kCount, int kVectors>
+PF_INLINE void multiply_step(const A* const* rows, int64_t stride, const A* panel, int64_t k,
                              Vec<A> (&sums)[kCount][kVectors]) {
   Vec<A> in[kVectors];
 #pragma GCC unroll 2
   for (int j = 0; j < kVectors; ++j) in[j] = load(panel + j * kLanes<A>);
 #pragma GCC unroll 16
   for (int i = 0; i < kCount; ++i) {
-    Vec<A> value = splat(rows[i][k]);
+    Vec<A> value = splat(kColumns ? rows[0][k * stride + i] : rows[i][k]);
 #pragma GCC unroll 2
     for (int j = 0; j < kVectors; ++j) sums[i][j] += value * in[j];
   }
 }
 
-template <class A, int kCount, int kVectors>
-static __attribute__((noinline)) void multiply(const A* weight, int64_t stride, const A* panel,
-                                               int64_t depth, A* out, bool add) {
-  constexpr int w = kLanes<A>, n = kPanel<A>;
+// Matrices whose rows are cut into panels of kPanel<A> lanes: row i of panel p is at
+// p * distance + i * stride.
+template <class A>
+struct Panels {
+  A* data;
+  int64_t stride, distance;
+};
+
+template <bool kColumns, class A, int kCount, int kVectors>
+static __attribute__((noinline)) void multiply(const A* left, int64_t left_stride, const A* panel,
+                                               int64_t panel_stride, int64_t depth, A* out,
+                                               int64_t out_stride, bool add) {
+  constexpr int w = kLanes<A>;
   Vec<A> sums[kCount][kVectors];
 #pragma GCC unroll 16
   for (int i = 0; i < kCount; ++i) {
+    __builtin_prefetch(out + i * out_stride);
 #pragma GCC unroll 2
     for (int j = 0; j < kVectors; ++j) sums[i][j] = Vec<A>{};
   }
   const A* rows[kCount];
 #pragma GCC unroll 16
-  for (int i = 0; i < kCount; ++i) rows[i] = weight + i * stride;
+  for (int i = 0; i < kCount; ++i) rows[i] = left + i * left_stride;
   int64_t k = 0;
 #pragma GCC unroll 1
   for (; k + 2 <= depth; k += 2) {  // two at a time: 95 % of the peak, one at a time 83 %
-    multiply_step<A, kCount, kVectors>(rows, panel + k * n, k, sums);
-    multiply_step<A, kCount, kVectors>(rows, panel + (k + 1) * n, k + 1, sums);
+    multiply_step<kColumns>(rows, left_stride, panel + k * panel_stride, k, sums);
+    multiply_step<kColumns>(rows, left_stride, panel + (k + 1) * panel_stride, k + 1, sums);
   }
-  if (k < depth) multiply_step<A, kCount, kVectors>(rows, panel + k * n, k, sums);
+  if (k < depth) multiply_step<kColumns>(rows, left_stride, panel + k * panel_stride, k, sums);
 #pragma GCC unroll 16
   for (int i = 0; i < kCount; ++i) {
 #pragma GCC unroll 2
     for (int j = 0; j < kVectors; ++j) {  // chunk by chunk: half the error of one long sum
-      A* to = out + i * n + j * w;
+      A* to = out + i * out_stride + j * w;
       store(to, add ? load(to) + sums[i][j] : sums[i][j]);
     }
   }
 }
 
-template <class A, int kCount, int kVectors>
-static void multiply_rows(int count, const A* weight, int64_t stride, const A* panel, int64_t depth,
-                          A* out, bool add) {
+template <bool kColumns, class A, int kCount, int kVectors>
+static void multiply_rows(int count, const A* left, int64_t left_stride, const A* panel,
+                          int64_t panel_stride, int64_t depth, A* out, int64_t out_stride,
+                          bool add) {
   if constexpr (kCount > 0) {
-    if (count == kCount)
-      return multiply<A, kCount, kVectors>(weight, stride, panel, depth, out, add);
-    multiply_rows<A, kCount - 1, kVectors>(count, weight, stride, panel, depth, out, add);
+    if (count == kCount) {
+      return multiply<kColumns, A, kCount, kVectors>(left, left_stride, panel, panel_stride, depth,
+                                                     out, out_stride, add);
+    }
+    multiply_rows<kColumns, A, kCount - 1, kVectors>(count, left, left_stride, panel, panel_stride,
+                                                     depth, out, out_stride, add);
+  }
+}
+
+// out (rows, panels) (+)= left (rows, depth) times right (depth, panels).
+template <bool kColumns, class A>
+static void multiply_panels(int64_t rows, int64_t depth, int64_t panels, const A* left,
+                            int64_t left_stride, const Panels<const A>& right, const Panels<A>& out,
+                            bool add) {
+  for (int64_t p = 0; p < panels; ++p) {  // the panel stays in the first-level cache
+    for (int64_t r = 0; r < rows; r += kRows) {
+      int count = static_cast<int>(smaller(rows - r, kRows));
+      multiply_rows<kColumns, A, kRows, 2>(
+          count, left + at<kColumns>(r, 0, left_stride), left_stride,
+          right.data + p * right.distance, right.stride, depth,
+          out.data + p * out.distance + r * out.stride, out.stride, add);
+    }
   }
 }
 
@@ -71,6 +108,7 @@ static void gemm(const T* weight, int64_t stride, int64_t rows, int64_t depth, c
                  int64_t in_stride, int64_t panels, int64_t last_lanes, Acc<T>* out,
                  int64_t out_stride, bool add, Acc<T>* spare) {
   using A = Acc<T>;
+  constexpr int n = kPanel<A>;
   for (int64_t r = 0; r < rows; r += kRows) {
     int count = static_cast<int>(rows - r < kRows ? rows - r : kRows);
     const A* block;
@@ -86,12 +124,12 @@ static void gemm(const T* weight, int64_t stride, int64_t rows, int64_t depth, c
       block_stride = depth;
     }
     for (int64_t p = 0; p < panels; ++p) {
-      A* to = out + p * out_stride + r * kPanel<A>;
+      A* to = out + p * out_stride + r * n;
       const A* from = in + p * in_stride;
       if (p + 1 == panels && last_lanes <= kLanes<A>) {
-        multiply_rows<A, kRows, 1>(count, block, block_stride, from, depth, to, add);
+        multiply_rows<false, A, kRows, 1>(count, block, block_stride, from, n, depth, to, n, add);
       } else {
-        multiply_rows<A, kRows, 2>(count, block, block_stride, from, depth, to, add);
+        multiply_rows<false, A, kRows, 2>(count, block, block_stride, from, n, depth, to, n, add);
       }
     }
   }

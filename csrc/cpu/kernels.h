@@ -66,6 +66,33 @@ struct PoolMixerArgs {
   Partial* partials;  // (batch, groups, slots) of the output, or null
 };
 
+struct GroupNormBackwardArgs {
+  Image in;  // x
+  const void* dy;
+  bool accumulated;      // dy has the accumulation type, else x's
+  const void* residual;  // what is added to dx, or null
+  void* out;             // dx
+  const double* mean;    // (batch, groups)
+  // dx = scale dy + slope (x - mean) + offset: scale (batch, channels), the others (batch, groups).
+  const double *scale, *slope, *offset;
+  int64_t tasks;  // per image
+  int64_t parts;  // of the sums of an image
+  double* sums;   // (batch, parts, 2, channels), of dy and of dy (x - mean)
+};
+
+struct PoolMixerBackwardArgs {
+  Image in;  // x
+  const void* dy;
+  void* out;           // dx
+  const double* mean;  // (batch, groups)
+  // dx = dy + gain (P' dy - dy) - slope (x - mean): gain (batch, channels), slope (batch, groups).
+  const double *gain, *slope;
+  int64_t pool_size;
+  int64_t tasks;   // per image
+  int64_t strips;  // of an image
+  double* sums;    // (batch, strips, channels), of (P' dy - dy) (x - mean)
+};
+
 struct MlpArgs {
   Image in;
   void* out;
@@ -79,12 +106,37 @@ struct MlpArgs {
   const double *drop_path, *hidden_drop_path;  // (batch) or null
   Activation activation;
   int64_t hidden;
+  void* kept;  // (batch * pixels, hidden), fc1's result, or null
   // Set by mlp_plan. Pixels of all images in a row make panels of one or two vectors; a task is one
   // part of the hidden channels for one tile of panels.
   int64_t panels, tiles, splits, chunk, slots;
   size_t accumulator_bytes;
   void* accumulators;  // (splits, panels, channels, lanes), null when splits == 1
   Partial* partials;   // (batch, groups, slots) of the output, or null
+};
+
+struct MlpBackwardArgs {
+  Image in;  // x
+  const void* dz;
+  const void* kept;                            // (batch * pixels, hidden), fc1's result, or null
+  const void *norm_weight, *norm_bias;         // (channels) or null
+  const double *mean, *rstd;                   // (batch, groups)
+  const void* fc1_weight;                      // (hidden, channels)
+  const void* fc1_bias;                        // (hidden) or null
+  const void* fc2_weight;                      // (channels, hidden)
+  const void* layer_scale;                     // (channels) or null
+  const double *drop_path, *hidden_drop_path;  // (batch) or null
+  Activation activation;
+  int64_t hidden;
+  void *fc1_gradient, *fc1_bias_gradient, *fc2_gradient;  // like the parameters
+  // Set by mlp_backward_plan. A task is one part of the pixels and one of the hidden channels.
+  int64_t row_parts, hidden_parts, panels;
+  size_t weights_bytes, parts_bytes, gradient_bytes;
+  void* weights;        // as the products read them
+  void* parts;          // gradients of the weights and of fc1's bias, for each part of the pixels
+  void* gradient;       // dn, like x in the accumulation type, for each part of the hidden
+  double* column_sums;  // (row_parts, channels), of drop_path * dz
+  double* scale_sums;   // (panels, channels), of fc2_weight times its unscaled gradient
 };
 
 // Every function works on tasks [begin, end).
@@ -96,9 +148,20 @@ struct Kernels {
   void (*group_norm)(const GroupNormArgs&, int64_t begin, int64_t end);  // batch * tasks
   void (*pool_mixer_plan)(PoolMixerArgs&);
   void (*pool_mixer)(const PoolMixerArgs&, int64_t begin, int64_t end);  // batch * tasks
+  void (*group_norm_backward_plan)(GroupNormBackwardArgs&);
+  void (*group_norm_backward_sums)(const GroupNormBackwardArgs&, int64_t begin, int64_t end);
+  void (*group_norm_backward)(const GroupNormBackwardArgs&, int64_t begin, int64_t end);
+  void (*pool_mixer_backward_plan)(PoolMixerBackwardArgs&);
+  void (*pool_mixer_backward_sums)(const PoolMixerBackwardArgs&, int64_t begin, int64_t end);
+  void (*pool_mixer_backward)(const PoolMixerBackwardArgs&, int64_t begin, int64_t end);
   void (*mlp_plan)(MlpArgs&);
   void (*mlp)(const MlpArgs&, int64_t begin, int64_t end);         // tiles * splits
   void (*mlp_finish)(const MlpArgs&, int64_t begin, int64_t end);  // panels, if splits > 1
+  void (*mlp_backward_plan)(MlpBackwardArgs&);
+  void (*mlp_backward_pack)(const MlpBackwardArgs&, int64_t begin, int64_t end);    // panels
+  void (*mlp_backward)(const MlpBackwardArgs&, int64_t begin, int64_t end);         // parts * parts
+  void (*mlp_backward_add)(const MlpBackwardArgs&, int64_t begin, int64_t end);     // batch
+  void (*mlp_backward_finish)(const MlpBackwardArgs&, int64_t begin, int64_t end);  // panels
 };
 
 extern const Kernels kernels_default, kernels_avx2, kernels_avx512;

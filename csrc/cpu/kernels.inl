@@ -1,8 +1,11 @@
 // All kernels for one instruction set, as a table. isa_*.cpp include this after choosing the
 // target, and after the standard headers, whose functions must not be compiled for it.
 #include "group_norm.inl"
+#include "group_norm_backward.inl"
 #include "mlp.inl"
+#include "mlp_backward.inl"
 #include "pool_mixer.inl"
+#include "pool_mixer_backward.inl"
 #include "statistics.inl"
 
 namespace poolformer::cpu::POOLFORMER_ISA {
@@ -53,8 +56,19 @@ extern const Kernels POOLFORMER_TABLE = {POOLFORMER_NAME,
                                          POOLFORMER_ISA::group_norm,
                                          POOLFORMER_ISA::pool_mixer_plan,
                                          POOLFORMER_ISA::pool_mixer,
+                                         POOLFORMER_ISA::group_norm_backward_plan,
+                                         POOLFORMER_ISA::group_norm_backward_sums,
+                                         POOLFORMER_ISA::group_norm_backward,
+                                         POOLFORMER_ISA::pool_mixer_backward_plan,
+                                         POOLFORMER_ISA::pool_mixer_backward_sums,
+                                         POOLFORMER_ISA::pool_mixer_backward,
                                          POOLFORMER_ISA::mlp_plan,
                                          POOLFORMER_ISA::mlp,
-                                         POOLFORMER_ISA::mlp_finish};
+                                         POOLFORMER_ISA::mlp_finish,
+                                         POOLFORMER_ISA::mlp_backward_plan,
+                                         POOLFORMER_ISA::mlp_backward_pack,
+                                         POOLFORMER_ISA::mlp_backward,
+                                         POOLFORMER_ISA::mlp_backward_add,
+                                         POOLFORMER_ISA::mlp_backward_finish};
 
 }  // namespace poolformer::cpu

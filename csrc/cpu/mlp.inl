@@ -4,28 +4,9 @@
 
 #include "gemm.inl"
 #include "group_norm.inl"
-#include "pool_mixer.inl"
+#include "rows.inl"
 
 namespace poolformer::cpu::POOLFORMER_ISA {
-
-// The pixels of a panel that lie in one image.
-struct Run {
-  int64_t image, pixel;  // of the first lane
-  int lane, count;
-};
-
-// Calls f for the runs of a panel of `lanes` lanes; pixels of all images are numbered in a row.
-template <class F>
-PF_INLINE void for_each_run(const Image& in, int64_t panel, int lanes, F&& f) {
-  int64_t pixels = in.pixels(), at = panel * lanes, end = smaller(at + lanes, in.batch * pixels);
-  for (int lane = 0; at < end;) {
-    Run run{at / pixels, at % pixels, lane, 0};
-    run.count = static_cast<int>(smaller(end - at, pixels - run.pixel));
-    f(run);
-    at += run.count;
-    lane += run.count;
-  }
-}
 
 template <class A>
 static void mlp_plan_typed(MlpArgs& args) {
@@ -155,6 +136,37 @@ static void write_run(const Image& in, T* out, const Run& run, const Acc<T>* sum
   }
 }
 
+// Writes h + bias of `lanes` pixels as rows (pixels, hidden): h (size, lanes), hidden channels from
+// `start` on, `first` the first pixel.
+template <class T>
+static void keep_hidden(const MlpArgs& args, int64_t first, int64_t lanes, int64_t start,
+                        int64_t size, const Acc<T>* h, const Acc<T>* bias) {
+  using A = Acc<T>;
+  constexpr int w = kLanes<A>, n = kPanel<A>;
+  T* out = static_cast<T*>(args.kept) + first * args.hidden + start;
+  auto one = [&](int64_t lane, int64_t r) {
+    store1(out + lane * args.hidden + r, h[r * n + lane] + bias[r]);
+  };
+  int64_t lane = 0;
+  for (; lane + w <= lanes; lane += w) {
+    int64_t r = 0;
+    for (; r + w <= size; r += w) {
+      Vec<A> block[w];
+#pragma GCC unroll 16
+      for (int i = 0; i < w; ++i) block[i] = load(h + (r + i) * n + lane) + bias[r + i];
+      transpose<A>(block);
+#pragma GCC unroll 16
+      for (int i = 0; i < w; ++i) store(out + (lane + i) * args.hidden + r, block[i]);
+    }
+    for (; r < size; ++r) {
+      for (int i = 0; i < w; ++i) one(lane + i, r);
+    }
+  }
+  for (; lane < lanes; ++lane) {
+    for (int64_t r = 0; r < size; ++r) one(lane, r);
+  }
+}
+
 // h = act(h + bias) for h (rows, lanes).
 template <Activation kActivation, class A>
 static void activate_rows(A* h, const A* bias, int64_t rows) {
@@ -193,7 +205,7 @@ static void write_panel(const MlpArgs& args, int64_t panel, const Acc<T>* sums, 
   const Image& in = args.in;
   A* shift = gain + in.channels;
   T* out = static_cast<T*>(args.out);
-  for_each_run(in, panel, kPanel<A>, [&](const Run& run) {
+  for_each_run(in, panel * kPanel<A>, kPanel<A>, [&](const Run& run) {
     if (run.image != last_image) {
       last_image = run.image;
       A k = args.drop_path ? static_cast<A>(args.drop_path[run.image]) : A(1);
@@ -236,7 +248,7 @@ static void mlp_tile(const MlpArgs& args, int64_t tile, int64_t split, Acc<T>* m
   int64_t image = -1;
   for (int64_t p = first; p < last; ++p) {
     A* to = x + (p - first) * panel_size;
-    for_each_run(in, p, n, [&](const Run& run) {
+    for_each_run(in, p * n, n, [&](const Run& run) {
       if (run.image != image) {
         norm_coefficients<T>(in, run.image, args.mean, args.rstd, args.norm_weight, args.norm_bias,
                              center, scale, shift);
@@ -257,6 +269,10 @@ static void mlp_tile(const MlpArgs& args, int64_t tile, int64_t split, Acc<T>* m
     gemm<T>(fc1 + start * channels, channels, size, channels, x, panel_size, count, last_lanes,
             hidden, size * n, false, spare);
     for (int64_t p = 0; p < count; ++p) {
+      if (args.kept) {
+        keep_hidden<T>(args, (first + p) * n, p + 1 < count ? n : last_lanes, start, size,
+                       hidden + p * size * n, bias);
+      }
       activate_panel<A>(args.activation, hidden + p * size * n, bias, size);
     }
     gemm<T>(fc2 + start, args.hidden, channels, size, hidden, size * n, count, last_lanes, sums,

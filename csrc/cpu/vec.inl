@@ -6,7 +6,8 @@
 
 namespace poolformer::cpu::POOLFORMER_ISA {
 
-#define PF_INLINE static inline __attribute__((always_inline))
+#define PF_INLINE_METHOD inline __attribute__((always_inline))
+#define PF_INLINE static PF_INLINE_METHOD
 
 struct bf16 {
   uint16_t bits;
@@ -187,6 +188,15 @@ static void load_all(const T* in, Acc<T>* out, int64_t n, Acc<T> absent) {
   for (; i < n; ++i) out[i] = load1(in + i);
 }
 
+// out[c] = values[group of c] for the channels of one image; values: (groups).
+template <class A>
+static void spread_groups(const Image& in, const double* values, A* out) {
+  int64_t size = in.group_channels();
+  for (int64_t g = 0; g < in.groups; ++g) {
+    for (int64_t c = g * size; c < (g + 1) * size; ++c) out[c] = static_cast<A>(values[g]);
+  }
+}
+
 template <class A>
 PF_INLINE A sum_lanes(Vec<A> v) {
   A total = 0;
@@ -220,6 +230,49 @@ PF_INLINE void transpose(Vec<A>* rows) {
   }
   if constexpr (kDistance > 1) transpose<A, kDistance / 2>(rows);
 }
+
+// load and store with V: the vector, or one value.
+template <class V, class T>
+PF_INLINE V load_as(const T* p) {
+  if constexpr (std::is_same_v<V, Acc<T>>) return load1(p);
+  if constexpr (std::is_same_v<V, Vec<Acc<T>>>) return load(p);
+}
+
+template <class T, class V>
+PF_INLINE void store_as(T* p, V value) {
+  if constexpr (std::is_same_v<V, Acc<T>>) store1(p, value);
+  if constexpr (std::is_same_v<V, Vec<Acc<T>>>) store(p, value);
+}
+
+// Calls f(i, V{}) to cover [0, n): V a vector as often as one fits, then one value.
+template <class A, class F>
+PF_INLINE void for_each_vector(int64_t n, F&& f) {
+  int64_t i = 0;
+  for (; i + kLanes<A> <= n; i += kLanes<A>) f(i, Vec<A>{});
+  for (; i < n; ++i) f(i, A{});
+}
+
+// v in the first `count` lanes, 0 in the others.
+template <class A>
+PF_INLINE Vec<A> first_lanes(Vec<A> v, int64_t count) {
+  Vec<A> lane = {};
+  for (int i = 0; i < kLanes<A>; ++i) lane[i] = static_cast<A>(i);
+  return lane < static_cast<A>(count) ? v : Vec<A>{};
+}
+
+// The first `count` values at p, 0 in the other lanes; nothing from `end` on is read.
+template <class T>
+PF_INLINE Vec<Acc<T>> load_first(const T* p, int64_t count, const T* end) {
+  using A = Acc<T>;
+  if (p + kLanes<A> <= end) return first_lanes<A>(load(p), count);
+  Vec<A> v = {};
+  for (int i = 0; i < kLanes<A>; ++i) v[i] = i < count ? load1(p + i) : A(0);
+  return v;
+}
+
+PF_INLINE int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+PF_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+PF_INLINE int64_t larger(int64_t a, int64_t b) { return a < b ? b : a; }
 
 template <class T>
 PF_INLINE const T* as(const void* p) {

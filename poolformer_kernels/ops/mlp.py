@@ -48,7 +48,7 @@ def _fake_forward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, _, height, width = x.shape
-    saves = save_hidden and backend in ("triton", "cuda")
+    saves = save_hidden and backend != "torch"
     return (
         common.empty_like_op_output(x),
         common.fake_saved(x, num_groups),
@@ -157,7 +157,7 @@ def mlp(
             statistics (count, mean, M2) of x. They only save the time to compute them.
         return_stats: return (z, statistics of z).
         save_hidden: keep fc1's result for the backward, B · H · W · hidden elements, instead of
-            computing it again from x. The "triton" backend can; "cpu" always recomputes.
+            computing it again from x. Backend "torch" always saves what eager saves.
         backend: "auto", "torch", "cpu", "triton" or "cuda"; see `use_backend`.
 
     Returns:

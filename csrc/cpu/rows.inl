@@ -1,0 +1,111 @@
+// Pixels of an image as rows (pixels, channels) of the accumulation type, and back.
+#pragma once
+
+#include "vec.inl"
+
+namespace poolformer::cpu::POOLFORMER_ISA {
+
+// Pixels in a row that lie in one image.
+struct Run {
+  int64_t image, pixel;  // of the first
+  int lane, count;       // its place among those of the caller
+};
+
+// Calls f for the runs of pixels [first, first + count); pixels of all images are numbered in a
+// row.
+template <class F>
+PF_INLINE void for_each_run(const Image& in, int64_t first, int64_t count, F&& f) {
+  int64_t pixels = in.pixels(), at = first, end = smaller(first + count, in.batch * pixels);
+  for (int lane = 0; at < end;) {
+    Run run{at / pixels, at % pixels, lane, 0};
+    run.count = static_cast<int>(smaller(end - at, pixels - run.pixel));
+    f(run);
+    at += run.count;
+    lane += run.count;
+  }
+}
+
+// rows[i][c] = (x - center[c]) scale[c] + shift[c] for the pixels i of a run.
+template <class T>
+static void read_rows(const Image& in, const T* data, const Run& run, const Acc<T>* center,
+                      const Acc<T>* scale, const Acc<T>* shift, Acc<T>* rows, int64_t stride) {
+  using A = Acc<T>;
+  constexpr int w = kLanes<A>;
+  int64_t channels = in.channels, pixels = in.pixels();
+  const T* x = data + run.image * channels * pixels;
+  auto norm = [&](auto v, int64_t c) {
+    using V = decltype(v);
+    return (v - load_as<V>(center + c)) * load_as<V>(scale + c) + load_as<V>(shift + c);
+  };
+  if (in.channels_last) {
+    for (int64_t i = 0; i < run.count; ++i) {
+      const T* from = x + (run.pixel + i) * channels;
+      for_each_vector<A>(channels, [&](int64_t c, auto lanes) {
+        store_as(rows + i * stride + c, norm(load_as<decltype(lanes)>(from + c), c));
+      });
+    }
+    return;
+  }
+  auto one = [&](int64_t i, int64_t c) {
+    rows[i * stride + c] = norm(load1(x + c * pixels + run.pixel + i), c);
+  };
+  int64_t c = 0;
+  for (; c + w <= channels; c += w) {
+    const T* from = x + c * pixels + run.pixel;
+    int64_t i = 0;
+    for (; i + w <= run.count; i += w) {
+      Vec<A> block[w];
+#pragma GCC unroll 16
+      for (int j = 0; j < w; ++j) block[j] = load(from + j * pixels + i);
+      transpose<A>(block);
+#pragma GCC unroll 16
+      for (int j = 0; j < w; ++j) store(rows + (i + j) * stride + c, norm(block[j], c));
+    }
+    for (; i < run.count; ++i) {
+      for (int j = 0; j < w; ++j) one(i, c + j);
+    }
+  }
+  for (; c < channels; ++c) {
+    for (int64_t i = 0; i < run.count; ++i) one(i, c);
+  }
+}
+
+// Writes the rows of a run to a tensor of x's shape and layout.
+template <class A>
+static void write_rows_of_run(const Image& in, const A* rows, int64_t stride, const Run& run,
+                              A* data) {
+  constexpr int w = kLanes<A>;
+  int64_t channels = in.channels, pixels = in.pixels();
+  A* to = data + run.image * channels * pixels;
+  if (in.channels_last) {
+    for (int64_t i = 0; i < run.count; ++i) {
+      A* row = to + (run.pixel + i) * channels;
+      for_each_vector<A>(channels, [&](int64_t c, auto lanes) {
+        store_as(row + c, load_as<decltype(lanes)>(rows + i * stride + c));
+      });
+    }
+    return;
+  }
+  int64_t c = 0;
+  for (; c + w <= channels; c += w) {
+    int64_t i = 0;
+    for (; i + w <= run.count; i += w) {
+      Vec<A> block[w];
+#pragma GCC unroll 16
+      for (int j = 0; j < w; ++j) block[j] = load(rows + (i + j) * stride + c);
+      transpose<A>(block);
+#pragma GCC unroll 16
+      for (int j = 0; j < w; ++j) store(to + (c + j) * pixels + run.pixel + i, block[j]);
+    }
+    for (; i < run.count; ++i) {
+      for (int j = 0; j < w; ++j) to[(c + j) * pixels + run.pixel + i] = rows[i * stride + c + j];
+    }
+  }
+  for (; c < channels; ++c) {
+    for (int64_t i = 0; i < run.count; ++i) {
+      to[c * pixels + run.pixel + i] = rows[i * stride + c];
+    }
+  }
+}
+
+}  // namespace poolformer::cpu::POOLFORMER_ISA

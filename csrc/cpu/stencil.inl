@@ -1,0 +1,228 @@
+// The pooling P, an average over the part of a window that is in the image, and its transpose,
+// which divides by the window counts first. Sums are vertical first, then horizontal.
+#pragma once
+
+#include "vec.inl"
+
+namespace poolformer::cpu::POOLFORMER_ISA {
+
+constexpr int64_t kStrip = 2048;  // values of a task, about
+
+// How an image is cut. NCHW: `planes` channels of one group, or `rows` rows of one channel.
+// channels_last: `rows` rows.
+struct PoolCut {
+  int64_t planes, rows, strips;
+  int64_t blocks;  // of planes, per group
+  int64_t pad_h, pad_w;
+
+  PoolCut(const Image& in, int64_t pool_size) {
+    int64_t plane = in.channels_last ? in.width * in.channels * in.height : in.pixels();
+    strips = smaller(in.height, larger(1, plane / kStrip));
+    rows = (in.height + strips - 1) / strips;
+    strips = (in.height + rows - 1) / rows;
+    planes =
+        in.channels_last ? in.channels : smaller(in.group_channels(), larger(1, kStrip / plane));
+    blocks = in.channels_last ? 1 : (in.group_channels() + planes - 1) / planes;
+    pad_h = smaller(pool_size / 2, in.height - 1);
+    pad_w = smaller(pool_size / 2, in.width - 1);
+  }
+};
+
+// The rows and channels of a task of an image.
+struct PoolTask {
+  int64_t image, strip, slot, group;
+  int64_t first, last;    // rows
+  int64_t channel, stop;  // channels
+
+  PoolTask(const PoolCut& cut, const Image& in, int64_t task) {
+    int64_t slots = cut.blocks * cut.strips, tasks = in.channels_last ? slots : slots * in.groups;
+    image = task / tasks, slot = task % slots;
+    strip = slot % cut.strips;
+    first = strip * cut.rows, last = smaller(first + cut.rows, in.height);
+    group = in.channels_last ? 0 : task / slots % in.groups;
+    int64_t start = slot / cut.strips * cut.planes, size = in.group_channels();
+    channel = in.channels_last ? 0 : group * size + start;
+    stop = in.channels_last ? in.channels : channel + smaller(cut.planes, size - start);
+  }
+};
+
+// 1 / (number of positions of [i - pad, i + pad] inside [0, n)); 0 outside.
+template <class A>
+PF_INLINE A inverse_count(int64_t i, int64_t pad, int64_t n) {
+  if (i < 0 || i >= n) return 0;
+  return A(1) / static_cast<A>(smaller(i + pad, n - 1) - larger(i - pad, 0) + 1);
+}
+
+// The sum of `count` rows, `stride` apart, times `weights` if kWeighted.
+template <bool kWeighted, class V, class T>
+PF_INLINE V sum_rows(const T* p, int64_t stride, int64_t count, const Acc<T>* weights) {
+  auto row = [&](int64_t j) {
+    V v = load_as<V>(p + j * stride);
+    if constexpr (kWeighted) v *= weights[j];
+    return v;
+  };
+  V v = row(0);
+  if (count == 3) return v + row(1) + row(2);
+  for (int64_t j = 1; j < count; ++j) v += row(j);
+  return v;
+}
+
+// The sum of 2 pad + 1 columns, `stride` apart.
+template <class V, class A>
+PF_INLINE V sum_columns(const A* p, int64_t stride, int64_t pad) {
+  V v = load_as<V>(p);
+  if (pad == 1) return v + load_as<V>(p + stride) + load_as<V>(p + 2 * stride);
+  for (int64_t j = 1; j <= 2 * pad; ++j) v += load_as<V>(p + j * stride);
+  return v;
+}
+
+// Stores a vector of a row, of which `count` lanes lie in the row. The lanes past them reach into
+// the next row, which is written later; from `end` on nothing is written.
+template <class T>
+PF_INLINE void store_row(T* to, Vec<Acc<T>> v, int64_t count, const T* end) {
+  if (to + kLanes<Acc<T>> <= end) return store(to, v);
+  for (int64_t i = 0; i < count; ++i) store1(to + i, v[i]);
+}
+
+// Pools planes of NCHW with vectors along rows.
+template <class T, bool kTransposed>
+class PlanePool {
+  using A = Acc<T>;
+  static constexpr int w = kLanes<A>;
+
+ public:
+  static int64_t size(const PoolCut& cut, const Image& in) {
+    int64_t wide = round_up(in.width, w), rows = cut.rows + 2 * cut.pad_h;
+    return rows * wide + cut.rows * (wide + 2 * cut.pad_w) + wide + in.height + 2 * cut.pad_h + w;
+  }
+
+  // memory: `size` values.
+  PlanePool(const PoolCut& cut, const Image& in, const T* end, A* memory)
+      : cut_(cut), in_(in), end_(end), wide_(round_up(in.width, w)) {
+    stride_ = wide_ + 2 * cut.pad_w;
+    plane_ = memory;
+    sums_ = plane_ + (cut.rows + 2 * cut.pad_h) * wide_;
+    column_ = sums_ + cut.rows * stride_;
+    row_ = column_ + wide_ + cut.pad_h;
+    for (A* p = sums_; p < column_; ++p) *p = 0;
+    for (int64_t i = 0; i < wide_; ++i) column_[i] = inverse_count<A>(i, cut.pad_w, in.width);
+    for (int64_t i = -cut.pad_h; i < in.height + cut.pad_h; ++i) {
+      row_[i] = inverse_count<A>(i, cut.pad_h, in.height);
+    }
+  }
+
+  // Calls f(at, u, center, count) for the vectors of rows [first, last) of the plane x: u = P x - x
+  // (or its transpose) and center = x, of which `count` lanes lie in the row, at offset `at`.
+  template <class F>
+  PF_INLINE_METHOD void operator()(const T* x, int64_t first, int64_t last, F&& f) {
+    int64_t height = in_.height, width = in_.width, pad = cut_.pad_h, tail = width % w;
+    for (int64_t h = first - pad; h < last + pad; ++h) {
+      const T* from = x + h * width;
+      A* to = plane_ + (h - first + pad) * wide_;
+      int64_t i = 0;
+      if (h < 0 || h >= height) {
+        for (; i < wide_; i += w) store(to + i, Vec<A>{});
+        continue;
+      }
+      for (; i + w <= width; i += w) store(to + i, load(from + i));
+      if (tail) store(to + i, load_first(from + i, tail, end_));
+    }
+    for (int64_t h = first; h < last; ++h) {
+      const A* from = plane_ + (h - first) * wide_;
+      A* to = sums_ + (h - first) * stride_ + cut_.pad_w;
+      for (int64_t i = 0; i < width; i += w) {
+        Vec<A> v = sum_rows<kTransposed, Vec<A>>(from + i, wide_, 2 * pad + 1, row_ + h - pad);
+        if constexpr (kTransposed) v *= load(column_ + i);
+        store(to + i, v);
+      }
+    }
+    for (int64_t h = first; h < last; ++h) {
+      const A *sums = sums_ + (h - first) * stride_, *row = plane_ + (h - first + pad) * wide_;
+      for (int64_t i = 0; i < width; i += w) {
+        Vec<A> v = sum_columns<Vec<A>>(sums + i, 1, cut_.pad_w), center = load(row + i);
+        if constexpr (!kTransposed) v *= load(column_ + i) * row_[h];
+        f(h * width + i, v - center, center, smaller(width - i, w));
+      }
+    }
+  }
+
+ private:
+  const PoolCut& cut_;
+  const Image& in_;
+  const T* end_;  // of the tensor
+  int64_t wide_, stride_;
+  A* plane_;  // rows first - pad_h .. last + pad_h of x, zero outside
+  A* sums_;   // their vertical sums, pad_w zeros left and right
+  A *column_, *row_;
+};
+
+// Pools rows of channels_last with vectors along channels, a block of channels at a time.
+template <class T, bool kTransposed>
+class RowPool {
+  using A = Acc<T>;
+
+ public:
+  static int64_t block(const PoolCut& cut, const Image& in) {
+    return smaller(in.channels, larger(64, 16384 / (in.width + 2 * cut.pad_w) / 64 * 64));
+  }
+  static int64_t size(const PoolCut& cut, const Image& in) {
+    return (in.width + 2 * cut.pad_w) * block(cut, in) + in.width + in.height;
+  }
+
+  // memory: `size` values.
+  RowPool(const PoolCut& cut, const Image& in, A* memory)
+      : cut_(cut), in_(in), column_(memory), row_(memory + in.width), sums_(row_ + in.height) {
+    for (int64_t i = 0; i < in.width; ++i) column_[i] = inverse_count<A>(i, cut.pad_w, in.width);
+    for (int64_t i = 0; i < in.height; ++i) row_[i] = inverse_count<A>(i, cut.pad_h, in.height);
+  }
+
+  // Calls f(at, c, u, center) for rows [first, last) of the image x: u = P x - x (or its
+  // transpose) and center = x, one vector or one value from channel c on, at offset `at`.
+  template <class F>
+  PF_INLINE_METHOD void operator()(const T* x, int64_t first, int64_t last, F&& f) {
+    int64_t channels = in_.channels, most = block(cut_, in_), pad = cut_.pad_w;
+    for (int64_t start = 0; start < channels; start += most) {
+      int64_t wide = smaller(most, channels - start);
+      for (int64_t i = 0; i < pad * wide; ++i) {
+        sums_[i] = 0;
+        sums_[in_.width * wide + pad * wide + i] = 0;
+      }
+      for (int64_t h = first; h < last; ++h) one_row(x, h, start, wide, f);
+    }
+  }
+
+ private:
+  template <class F>
+  PF_INLINE_METHOD void one_row(const T* x, int64_t h, int64_t start, int64_t wide, F&& f) {
+    int64_t channels = in_.channels, width = in_.width, stride = width * channels;
+    int64_t top = larger(h - cut_.pad_h, 0);
+    int64_t rows = smaller(h + cut_.pad_h, in_.height - 1) - top + 1;
+    for (int64_t i = 0; i < width; ++i) {
+      const T* from = x + top * stride + i * channels + start;
+      A* to = sums_ + (i + cut_.pad_w) * wide;
+      for_each_vector<A>(wide, [&](int64_t c, auto lanes) {
+        using V = decltype(lanes);
+        V v = sum_rows<kTransposed, V>(from + c, stride, rows, row_ + top);
+        if constexpr (kTransposed) v *= column_[i];
+        store_as(to + c, v);
+      });
+    }
+    for (int64_t i = 0; i < width; ++i) {
+      int64_t at = h * stride + i * channels + start;
+      for_each_vector<A>(wide, [&](int64_t c, auto lanes) {
+        using V = decltype(lanes);
+        V v = sum_columns<V>(sums_ + i * wide + c, wide, cut_.pad_w),
+          center = load_as<V>(x + at + c);
+        if constexpr (!kTransposed) v *= row_[h] * column_[i];
+        f(at + c, start + c, v - center, center);
+      });
+    }
+  }
+
+  const PoolCut& cut_;
+  const Image& in_;
+  A *column_, *row_;
+  A* sums_;  // (width + 2 pad_w, channels), its borders zero
+};
+
+}  // namespace poolformer::cpu::POOLFORMER_ISA
