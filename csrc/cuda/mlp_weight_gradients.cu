@@ -1,0 +1,313 @@
+// Gradients of the MLP's parameters: split over rows into float32 parts, summed in a fixed order.
+//
+// With E = sum x^T dh and D = sum (k g)^T a, both (C, hidden), e = sum dh and d = sum k g over the
+// rows of all images, where x^ = (x - mean) / std:
+//   dW1 = (gamma E)^T + e beta^T    db1 = e         dgamma = sum_j W1 E    dbeta = e W1
+//   dW2 = ls D                      db2 = ls d      dls = sum_j W2 D + b2 d
+#include <algorithm>
+
+#include "mlp_products.cuh"
+#include "moments.cuh"
+
+namespace poolformer::cuda {
+namespace mlp {
+namespace {
+
+constexpr int kSums = 264 * 128 * 128;  // of all parts: twice as many tiles as an H100 has blocks
+constexpr int kFewestBlocks = 4;        // of rows in a part
+constexpr int kUnits = 32, kChannels = 8;  // of a block that sums parts: a warp a channel
+constexpr int kVectorWarps = 8;
+
+// Sums over the rows of a stage of kSize positions, in four parts of threads.
+template <class M, int kSize, class Operand>
+class ColumnSums {
+ public:
+  __device__ void add(const uint4* operand) {
+    using T = Element<M>;
+    constexpr int kLines = kDepth<T> / kParts;
+#pragma unroll
+    for (int i = 0; i < kLines; ++i) {
+      const T* at =
+          Operand::element(reinterpret_cast<const T*>(operand), part() * kLines + i, pair() * 2);
+      float2 v;
+      if constexpr (sizeof(T) == 2) {
+        v = unpack<T>(*reinterpret_cast<const uint32_t*>(at));
+      } else {
+        v = *reinterpret_cast<const float2*>(at);
+      }
+      sum_.x += v.x;
+      sum_.y += v.y;
+    }
+  }
+
+  // Stores the sums of the first `count` positions. Needs kParts * kSize floats; all threads call.
+  __device__ void store(float* to, int count, float* shared) const {
+    reinterpret_cast<float2*>(shared + part() * kSize)[pair()] = sum_;
+    __syncthreads();
+    if (threadIdx.x < count && threadIdx.x < kSize) {
+      float total = 0;
+#pragma unroll
+      for (int i = 0; i < kParts; ++i) total += shared[i * kSize + threadIdx.x];
+      to[threadIdx.x] = total;
+    }
+  }
+
+ private:
+  static constexpr int kParts = 4;
+  static_assert(kParts * kSize / 2 == threads_of(kSize));
+
+  __device__ static int part() { return threadIdx.x / (kSize / 2); }
+  __device__ static int pair() { return threadIdx.x % (kSize / 2); }
+
+  float2 sum_ = {};
+};
+
+// A part of E or D, and of e or d. Grid: parts, times 2, times the tiles of (C, hidden).
+template <class M, int kSize>
+__global__ void __launch_bounds__(threads_of(kSize))
+    parts_kernel(const __grid_constant__ MlpBackward a) {
+  using T = Element<M>;
+  using Products = TileProducts<M, kSize, Order::kWide, Order::kWide>;
+  constexpr int kThreads = threads_of(kSize);
+  extern __shared__ __align__(128) unsigned char shared[];
+  const MlpShape& s = a.shape;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const Place place(s.channels, s.hidden, kSize);  // its "image": a part of E or D
+  const bool of_x = place.image % 2 == 0;
+  const int64_t part = place.image / 2;
+  const int image_blocks = (s.rows - 1) / kDepth<T> + 1, stride = hidden_stride(s.hidden);
+  const int64_t first = part * a.split.a_part;
+  const int blocks = static_cast<int>(min(a.split.a_part, a.split.blocks - first));
+  const Pixels<T> pixels(s);
+  const void* const source = of_x ? a.x : a.dz;
+  const T* const units = static_cast<const T*>(of_x ? a.dhidden : a.activated);
+
+  PixelRuns<T, kDepth<T>, kSize, kThreads> runs(pixels);
+  const auto row_of = [&](int block) {
+    return static_cast<int>((first + block) % image_blocks) * kDepth<T>;
+  };
+  const auto fetch = [&](int block) {
+    runs.fetch(pixels.image(source, (first + block) / image_blocks), row_of(block), place.row);
+  };
+  const auto deposit = [&](int block, uint4* to) {
+    const int64_t image = (first + block) / image_blocks;
+    uint4* const operand = Products::a_of(to);
+    const auto store = [&](auto change) {
+      runs.template deposit<typename Products::A>(operand, row_of(block), place.row, change);
+    };
+    const float* saved = a.saved + 2 * image * s.groups;
+    if (!of_x) {
+      const float drop = load(a.parameters.drop_path, image, 1.f);
+      store([&](float value, int) { return value * drop; });
+    } else if (s.groups == 1) {
+      const float mean = __ldg(saved), rstd = __ldg(saved + 1);
+      store([&](float value, int) { return (value - mean) * rstd; });
+    } else {
+      const int group_channels = s.channels / s.groups;
+      store([&](float value, int channel) {
+        const float* norm = saved + channel / group_channels * 2;
+        return (value - __ldg(norm)) * __ldg(norm + 1);
+      });
+    }
+  };
+  const auto copy = [&](int block, uint4* to) {
+    const int64_t image = (first + block) / image_blocks;
+    Products::B::copy(Products::b_of(to), units + image * s.rows * stride, row_of(block),
+                      place.column, s.rows, stride, stride);
+  };
+  ColumnSums<M, kSize, typename Products::A> sums;  // a and b lie alike
+  const bool sums_units = of_x && place.row == 0, sums_channels = !of_x && place.column == 0;
+  const auto visit = [&](const uint4* stage) {
+    if (sums_units) sums.add(Products::b_of(stage));
+    if (sums_channels) sums.add(Products::a_of(stage));
+  };
+  Products products;
+  products.run(reinterpret_cast<uint4*>(shared), blocks, fetch, deposit, copy, visit);
+
+  float* const to = a.products + place.image * s.channels * s.hidden;
+  float* const piece = reinterpret_cast<float*>(shared + warp * kPieceBytes);
+#pragma unroll
+  for (int m = 0; m < Products::kPieces; ++m) {
+    store_sums(piece, products.sums[m], lane, true);
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const Run run = run_of_lane(lane, i, true);
+      const int channel = place.row + Products::row(warp, m) + run.row;
+      const int unit = place.column + Products::column(warp) + run.column;
+      const int count = channel < s.channels ? min(8, s.hidden - unit) : 0;
+      store_eight(to + static_cast<int64_t>(channel) * s.hidden + unit, load_sums(piece, run, true),
+                  count, s.hidden % 8 == 0);
+    }
+    __syncwarp();
+  }
+  __syncthreads();
+  if (sums_units) {
+    sums.store(a.unit_sums + part * s.hidden + place.column, s.hidden - place.column,
+               reinterpret_cast<float*>(shared));
+  }
+  if (sums_channels) {
+    sums.store(a.channel_sums + part * s.channels + place.row, s.channels - place.row,
+               reinterpret_cast<float*>(shared));
+  }
+}
+
+// dW1, db1, dW2 from all parts; parts of dgamma, dbeta and dls. Grid: tiles of kUnits units, tiles
+// of kChannels channels.
+__global__ void __launch_bounds__(kUnits* kChannels)
+    weights_kernel(const __grid_constant__ MlpBackward a) {
+  __shared__ float of_x[kChannels][kUnits + 1], unit_sums[kUnits];
+  __shared__ float2 warp_sums[kChannels][kChannels];
+  const MlpShape& s = a.shape;
+  const MlpParameters& p = a.parameters;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int64_t size = static_cast<int64_t>(s.channels) * s.hidden;
+  {
+    const int unit = blockIdx.x * kUnits + lane, channel = blockIdx.y * kChannels + warp;
+    const bool there = unit < s.hidden && channel < s.channels;
+    const int64_t at = static_cast<int64_t>(channel) * s.hidden + unit;
+    float e = 0, d = 0;
+    if (there) {
+      const float* from = a.products + at;
+#pragma unroll 8
+      for (int part = 0; part < a.split.parts; ++part, from += 2 * size) {
+        e += __ldg(from);
+        d += __ldg(from + size);
+      }
+      store(a.fc2_weight, at, d * load(p.layer_scale, channel, 1.f));
+      d *= load(Vector{p.fc2_weight, s.product_dtype}, at, 0.f);
+    }
+    of_x[warp][lane] = e;
+    d = sum_of_lanes(d);
+    if (lane == 0 && channel < s.channels) {
+      a.vector_parts[(static_cast<int64_t>(blockIdx.x) * 3 + 2) * s.channels + channel] = d;
+    }
+    if (warp == 0) {
+      float sum = 0;
+      if (unit < s.hidden) {
+#pragma unroll 8
+        for (int part = 0; part < a.split.parts; ++part) {
+          sum += __ldg(a.unit_sums + static_cast<int64_t>(part) * s.hidden + unit);
+        }
+        if (blockIdx.y == 0) store(a.fc1_bias, unit, sum);
+      }
+      unit_sums[lane] = sum;
+    }
+  }
+  __syncthreads();
+  const int local_channel = threadIdx.x % kChannels, local_unit = threadIdx.x / kChannels;
+  const int channel = blockIdx.y * kChannels + local_channel;
+  const int unit = blockIdx.x * kUnits + local_unit;
+  const float e = of_x[local_channel][local_unit], sum = unit_sums[local_unit];
+  float2 of_norm = {};
+  if (unit < s.hidden && channel < s.channels) {
+    const int64_t at = static_cast<int64_t>(unit) * s.channels + channel;
+    const float weight = load(Vector{p.fc1_weight, s.product_dtype}, at, 0.f);
+    store(a.fc1_weight, at,
+          fmaf(e, load(p.norm_weight, channel, 1.f), sum * load(p.norm_bias, channel, 0.f)));
+    of_norm = make_float2(weight * e, weight * sum);
+  }
+#pragma unroll
+  for (int step = kWarp / 2; step >= kChannels; step /= 2) {
+    of_norm.x += __shfl_down_sync(0xffffffffu, of_norm.x, step);
+    of_norm.y += __shfl_down_sync(0xffffffffu, of_norm.y, step);
+  }
+  if (lane < kChannels) warp_sums[warp][lane] = of_norm;
+  __syncthreads();
+  if (threadIdx.x < kChannels && channel < s.channels) {
+    of_norm = warp_sums[0][threadIdx.x];
+#pragma unroll
+    for (int i = 1; i < kChannels; ++i) {
+      of_norm.x += warp_sums[i][threadIdx.x].x;
+      of_norm.y += warp_sums[i][threadIdx.x].y;
+    }
+    float* to = a.vector_parts + static_cast<int64_t>(blockIdx.x) * 3 * s.channels + channel;
+    to[0] = of_norm.x;
+    to[s.channels] = of_norm.y;
+  }
+}
+
+// dgamma, dbeta, db2, dls from their parts. A lane a channel.
+__global__ void __launch_bounds__(kVectorWarps* kWarp)
+    vectors_kernel(const __grid_constant__ MlpBackward a) {
+  __shared__ float slots[4][kVectorWarps][kWarp];
+  const MlpShape& s = a.shape;
+  const MlpParameters& p = a.parameters;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int channel = blockIdx.x * kWarp + lane, tiles = (s.hidden - 1) / kUnits + 1;
+  float sums[4] = {};
+  if (channel < s.channels) {
+#pragma unroll 4
+    for (int tile = warp; tile < tiles; tile += kVectorWarps) {
+      const float* from = a.vector_parts + static_cast<int64_t>(tile) * 3 * s.channels + channel;
+#pragma unroll
+      for (int i = 0; i < 3; ++i) sums[i] += __ldg(from + static_cast<int64_t>(i) * s.channels);
+    }
+#pragma unroll 4
+    for (int part = warp; part < a.split.parts; part += kVectorWarps) {
+      sums[3] += __ldg(a.channel_sums + static_cast<int64_t>(part) * s.channels + channel);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) slots[i][warp][lane] = sums[i];
+  __syncthreads();
+  if (warp > 0 || channel >= s.channels) return;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+#pragma unroll
+    for (int w = 1; w < kVectorWarps; ++w) sums[i] += slots[i][w][lane];
+  }
+  store(a.norm_weight, channel, sums[0]);
+  store(a.norm_bias, channel, sums[1]);
+  store(a.fc2_bias, channel, sums[3] * load(p.layer_scale, channel, 1.f));
+  store(a.layer_scale, channel, fmaf(load(p.fc2_bias, channel, 0.f), sums[3], sums[2]));
+}
+
+// As of a forward's tiles, of (C, hidden).
+int weights_tile(const MlpShape& s) {
+  const bool wide = s.channels % 128 == 0 && s.product_dtype != Dtype::kFloat32;
+  return wide ? tile_size(s.channels, s.hidden, 2) : 64;
+}
+
+template <class M, int kSize>
+cudaError_t launch_parts(const MlpBackward& a, cudaStream_t stream) {
+  const MlpShape& s = a.shape;
+  return launch(parts_kernel<M, kSize>, a.split.parts * 2 * tiles_of(s.channels, s.hidden, kSize),
+                threads_of(kSize), TileProducts<M, kSize>::kBytes, a, stream);
+}
+
+}  // namespace
+}  // namespace mlp
+
+int64_t mlp_vector_parts(int64_t hidden) { return (hidden - 1) / mlp::kUnits + 1; }
+
+MlpSplit mlp_split(const MlpShape& s) {
+  const int depth = s.product_dtype == Dtype::kFloat32 ? mlp::kDepth<float> : mlp::kDepth<__half>;
+  const int size = mlp::weights_tile(s);
+  const int64_t sums = 2 * mlp::tiles_of(s.channels, s.hidden, size) * size * size;
+  const int64_t blocks = s.batch * ((s.rows - 1) / depth + 1);
+  const int64_t most = std::max<int64_t>(1, mlp::kSums / sums);
+  const int64_t a_part =
+      std::max<int64_t>((blocks - 1) / most + 1, std::min<int64_t>(blocks, mlp::kFewestBlocks));
+  return {blocks, a_part, static_cast<int>((blocks - 1) / a_part + 1)};
+}
+
+cudaError_t mlp_weight_gradients(const MlpBackward& a, cudaStream_t stream) {
+  const MlpShape& s = a.shape;
+  cudaError_t e = mlp::with_products(s, [&](auto kind) {
+    using M = decltype(kind);
+    if constexpr (sizeof(mlp::Element<M>) == 2) {
+      if (mlp::weights_tile(s) == 128) return mlp::launch_parts<M, 128>(a, stream);
+    }
+    return mlp::launch_parts<M, 64>(a, stream);
+  });
+  if (e != cudaSuccess) return e;
+  const dim3 grid(static_cast<unsigned>(mlp_vector_parts(s.hidden)),
+                  (s.channels - 1) / mlp::kChannels + 1);
+  mlp::weights_kernel<<<grid, mlp::kUnits * mlp::kChannels, 0, stream>>>(a);
+  if (e = cudaGetLastError(); e != cudaSuccess) return e;
+  mlp::vectors_kernel<<<(s.channels - 1) / kWarp + 1, mlp::kVectorWarps * kWarp, 0, stream>>>(a);
+  return cudaGetLastError();
+}
+
+}  // namespace poolformer::cuda
