@@ -82,8 +82,7 @@ struct Gradient {
 
 // How the sums over all rows are shared out: `blocks` blocks of rows, `a_part` of them to a part.
 struct MlpSplit {
-  int64_t blocks, a_part;
-  int parts;
+  int blocks, a_part, parts;
 };
 
 struct MlpBackward {

@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(threads_of(kSize))
     const auto fetch = [&](int block) { runs.fetch(x, place.row, block * kDepth<T>); };
     const auto deposit = [&](int block, uint4* to) {
       runs.template deposit<typename First::A>(
-          First::a_of(to), place.row, block * kDepth<T>, [&](float value, int channel) {
+          First::a_of(to), place.row, block * kDepth<T>, [&](float value, int channel, int) {
             return fmaf(value - table[channel], table[s.channels + channel],
                         table[2 * s.channels + channel]);
           });
@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(threads_of(kSize))
   const auto deposit = [&](int block, uint4* to) {
     runs.template deposit<typename Second::A>(
         Second::a_of(to), place.row, block * kDepth<T>,
-        [&](float value, int channel) { return value * table[3 * s.channels + channel]; });
+        [&](float value, int channel, int) { return value * table[3 * s.channels + channel]; });
   };
   const auto copy = [&](int block, uint4* to) {
     Second::B::copy(Second::b_of(to), static_cast<const T*>(p.fc2_weight), block * kDepth<T>,

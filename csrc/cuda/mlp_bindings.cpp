@@ -73,6 +73,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backw
   const cuda::MlpShape& shape = inputs.shape;
   const int64_t channels = shape.channels, units = shape.hidden, rows = shape.rows;
   cuda::check_mlp_channels(channels);
+  TORCH_CHECK_VALUE(shape.batch * rows < cuda::kIndexLimit, kMlp, ": x has ", shape.batch * rows,
+                    " pixels; the CUDA kernels sum over fewer than ", cuda::kIndexLimit,
+                    ". Split the batch, or use backend='triton' or 'torch'.");
   const Tensor mean_rstd = cuda::moments(kMlp, saved, x);
   const Tensor g = cuda::gradient(kMlp, "dz", dz, x, in.x);
 

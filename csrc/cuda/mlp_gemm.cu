@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(threads_of(kSize))
   const auto fetch = [&](int block) { runs.fetch(x, place.row, block * kDepth<T>); };
   const auto deposit = [&](int block, uint4* to) {
     runs.template deposit<typename Products::A>(
-        Products::a_of(to), place.row, block * kDepth<T>, [&](float value, int channel) {
+        Products::a_of(to), place.row, block * kDepth<T>, [&](float value, int channel, int) {
           return fmaf(value - table[channel], table[s.channels + channel],
                       table[2 * s.channels + channel]);
         });

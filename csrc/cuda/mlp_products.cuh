@@ -47,7 +47,8 @@ class PixelRuns {
     }
   }
 
-  // Stores change(value, channel) of what was fetched from the same place; zeros beyond the image.
+  // Stores change(value, channel, place in the run) of what was fetched from the same place; zeros
+  // beyond the image.
   template <class Operand, class Change>
   __device__ void deposit(uint4* operand, int row, int channel, Change change) const {
 #pragma unroll
@@ -57,7 +58,7 @@ class PixelRuns {
       Eight e = expand<T>(raw_[i], pixels_.is_float);
 #pragma unroll
       for (int k = 0; k < 8; ++k) {
-        if (k < count) e.v[k] = change(e.v[k], pixels_.channels_last ? first + k : first);
+        if (k < count) e.v[k] = change(e.v[k], pixels_.channels_last ? first + k : first, k);
       }
       Operand::store_run(operand, run, e, pixels_.channels_last);
     }

@@ -253,8 +253,8 @@ __device__ __forceinline__ void store_sums(float* piece, const float (*sums)[4],
   for (int j = 0; j < 4; ++j) {
     if (along_columns) {  // rows of 40, units of four exchanged in every other one
       const int at = row * 40 + ((8 * j + column) ^ (row % 2 * 4));
-      *reinterpret_cast<float2*>(piece + at) = make_float2(sums[j][0], sums[j][1]);
-      *reinterpret_cast<float2*>(piece + at + 320) = make_float2(sums[j][2], sums[j][3]);
+      store_pair(piece + at, sums[j][0], sums[j][1]);
+      store_pair(piece + at + 320, sums[j][2], sums[j][3]);
     } else {
       float* at = piece + (8 * j + column) * 20 + row;
       at[0] = sums[j][0];

@@ -18,17 +18,28 @@ constexpr int kFewestBlocks = 4;        // of rows in a part
 constexpr int kUnits = 32, kChannels = 8;  // of a block that sums parts: a warp a channel
 constexpr int kVectorWarps = 8;
 
-// Sums over the rows of a stage of kSize positions, in four parts of threads.
+// Stores the sums of kSize positions, of which `count` are there, over `slots` rows of `shared`.
+template <int kSize>
+__device__ __forceinline__ void store_totals(float* to, int count, const float* shared, int slots) {
+  __syncthreads();
+  if (threadIdx.x >= min(kSize, count)) return;
+  float total = 0;
+#pragma unroll 1
+  for (int i = 0; i < slots; ++i) total += shared[i * kSize + threadIdx.x];
+  to[threadIdx.x] = total;
+}
+
+// Sums over the rows of operand b, of hidden units: as it lies in each stage.
 template <class M, int kSize, class Operand>
-class ColumnSums {
+class UnitSums {
  public:
   __device__ void add(const uint4* operand) {
     using T = Element<M>;
-    constexpr int kLines = kDepth<T> / kParts;
+    constexpr int kLines = kDepth<T> / kSlots;
 #pragma unroll
     for (int i = 0; i < kLines; ++i) {
       const T* at =
-          Operand::element(reinterpret_cast<const T*>(operand), part() * kLines + i, pair() * 2);
+          Operand::element(reinterpret_cast<const T*>(operand), slot() * kLines + i, pair() * 2);
       float2 v;
       if constexpr (sizeof(T) == 2) {
         v = unpack<T>(*reinterpret_cast<const uint32_t*>(at));
@@ -40,26 +51,43 @@ class ColumnSums {
     }
   }
 
-  // Stores the sums of the first `count` positions. Needs kParts * kSize floats; all threads call.
   __device__ void store(float* to, int count, float* shared) const {
-    reinterpret_cast<float2*>(shared + part() * kSize)[pair()] = sum_;
-    __syncthreads();
-    if (threadIdx.x < count && threadIdx.x < kSize) {
-      float total = 0;
-#pragma unroll
-      for (int i = 0; i < kParts; ++i) total += shared[i * kSize + threadIdx.x];
-      to[threadIdx.x] = total;
-    }
+    reinterpret_cast<float2*>(shared + slot() * kSize)[pair()] = sum_;
+    store_totals<kSize>(to, count, shared, kSlots);
   }
 
  private:
-  static constexpr int kParts = 4;
-  static_assert(kParts * kSize / 2 == threads_of(kSize));
+  static constexpr int kSlots = 4;
+  static_assert(kSlots * kSize / 2 == threads_of(kSize));
 
-  __device__ static int part() { return threadIdx.x / (kSize / 2); }
+  __device__ static int slot() { return threadIdx.x / (kSize / 2); }
   __device__ static int pair() { return threadIdx.x % (kSize / 2); }
 
   float2 sum_ = {};
+};
+
+// Sums over the rows of what is to be operand a, of channels: before it is rounded. A thread's runs
+// are all of the same channels.
+template <int kSize>
+class ChannelSums {
+ public:
+  __device__ void add(int place, float value) { sums_.v[place] += value; }
+
+  __device__ void store(float* to, int count, float* shared, bool channels_last) const {
+    constexpr int kAcross = kSize / 8, kThreads = threads_of(kSize);
+    const float (&v)[8] = sums_.v;
+    if (channels_last) {
+      float4* at = reinterpret_cast<float4*>(shared) + threadIdx.x * 2;
+      at[0] = make_float4(v[0], v[1], v[2], v[3]);
+      at[1] = make_float4(v[4], v[5], v[6], v[7]);
+    } else {
+      shared[threadIdx.x] = ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]));
+    }
+    store_totals<kSize>(to, count, shared, kThreads / (channels_last ? kAcross : kSize));
+  }
+
+ private:
+  Eight sums_ = {};
 };
 
 // A part of E or D, and of e or d. Grid: parts, times 2, times the tiles of (C, hidden).
@@ -76,16 +104,16 @@ __global__ void __launch_bounds__(threads_of(kSize))
   const bool of_x = place.image % 2 == 0;
   const int64_t part = place.image / 2;
   const int image_blocks = (s.rows - 1) / kDepth<T> + 1, stride = hidden_stride(s.hidden);
-  const int64_t first = part * a.split.a_part;
-  const int blocks = static_cast<int>(min(a.split.a_part, a.split.blocks - first));
+  const int first = static_cast<int>(part) * a.split.a_part;
+  const int blocks = min(a.split.a_part, a.split.blocks - first);
   const Pixels<T> pixels(s);
   const void* const source = of_x ? a.x : a.dz;
   const T* const units = static_cast<const T*>(of_x ? a.dhidden : a.activated);
 
   PixelRuns<T, kDepth<T>, kSize, kThreads> runs(pixels);
-  const auto row_of = [&](int block) {
-    return static_cast<int>((first + block) % image_blocks) * kDepth<T>;
-  };
+  UnitSums<M, kSize, typename Products::B> unit_sums;
+  ChannelSums<kSize> channel_sums;
+  const auto row_of = [&](int block) { return (first + block) % image_blocks * kDepth<T>; };
   const auto fetch = [&](int block) {
     runs.fetch(pixels.image(source, (first + block) / image_blocks), row_of(block), place.row);
   };
@@ -98,13 +126,17 @@ __global__ void __launch_bounds__(threads_of(kSize))
     const float* saved = a.saved + 2 * image * s.groups;
     if (!of_x) {
       const float drop = load(a.parameters.drop_path, image, 1.f);
-      store([&](float value, int) { return value * drop; });
+      store([&](float value, int, int place) {
+        value *= drop;
+        channel_sums.add(place, value);
+        return value;
+      });
     } else if (s.groups == 1) {
       const float mean = __ldg(saved), rstd = __ldg(saved + 1);
-      store([&](float value, int) { return (value - mean) * rstd; });
+      store([&](float value, int, int) { return (value - mean) * rstd; });
     } else {
       const int group_channels = s.channels / s.groups;
-      store([&](float value, int channel) {
+      store([&](float value, int channel, int) {
         const float* norm = saved + channel / group_channels * 2;
         return (value - __ldg(norm)) * __ldg(norm + 1);
       });
@@ -115,11 +147,9 @@ __global__ void __launch_bounds__(threads_of(kSize))
     Products::B::copy(Products::b_of(to), units + image * s.rows * stride, row_of(block),
                       place.column, s.rows, stride, stride);
   };
-  ColumnSums<M, kSize, typename Products::A> sums;  // a and b lie alike
   const bool sums_units = of_x && place.row == 0, sums_channels = !of_x && place.column == 0;
   const auto visit = [&](const uint4* stage) {
-    if (sums_units) sums.add(Products::b_of(stage));
-    if (sums_channels) sums.add(Products::a_of(stage));
+    if (sums_units) unit_sums.add(Products::b_of(stage));
   };
   Products products;
   products.run(reinterpret_cast<uint4*>(shared), blocks, fetch, deposit, copy, visit);
@@ -142,13 +172,13 @@ __global__ void __launch_bounds__(threads_of(kSize))
     __syncwarp();
   }
   __syncthreads();
+  float* const totals = reinterpret_cast<float*>(shared);
   if (sums_units) {
-    sums.store(a.unit_sums + part * s.hidden + place.column, s.hidden - place.column,
-               reinterpret_cast<float*>(shared));
+    unit_sums.store(a.unit_sums + part * s.hidden + place.column, s.hidden - place.column, totals);
   }
   if (sums_channels) {
-    sums.store(a.channel_sums + part * s.channels + place.row, s.channels - place.row,
-               reinterpret_cast<float*>(shared));
+    channel_sums.store(a.channel_sums + part * s.channels + place.row, s.channels - place.row,
+                       totals, s.channels_last);
   }
 }
 
@@ -156,7 +186,7 @@ __global__ void __launch_bounds__(threads_of(kSize))
 // of kChannels channels.
 __global__ void __launch_bounds__(kUnits* kChannels)
     weights_kernel(const __grid_constant__ MlpBackward a) {
-  __shared__ float of_x[kChannels][kUnits + 1], unit_sums[kUnits];
+  __shared__ float of_x[kChannels][kUnits + 4], unit_sums[kUnits];
   __shared__ float2 warp_sums[kChannels][kChannels];
   const MlpShape& s = a.shape;
   const MlpParameters& p = a.parameters;
@@ -289,7 +319,8 @@ MlpSplit mlp_split(const MlpShape& s) {
   const int64_t most = std::max<int64_t>(1, mlp::kSums / sums);
   const int64_t a_part =
       std::max<int64_t>((blocks - 1) / most + 1, std::min<int64_t>(blocks, mlp::kFewestBlocks));
-  return {blocks, a_part, static_cast<int>((blocks - 1) / a_part + 1)};
+  return {static_cast<int>(blocks), static_cast<int>(a_part),
+          static_cast<int>((blocks - 1) / a_part + 1)};
 }
 
 cudaError_t mlp_weight_gradients(const MlpBackward& a, cudaStream_t stream) {

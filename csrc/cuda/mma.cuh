@@ -85,6 +85,12 @@ __device__ __forceinline__ void multiply<__half>(float (&d)[4], const uint32_t (
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// To shared memory in one access, which the compiler makes two of now and then.
+__device__ __forceinline__ void store_pair(float* to, float first, float second) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(shared_address(to)), "f"(first), "f"(second)
+               : "memory");
+}
+
 // Two values rounded to T, the first in the low half.
 template <class T>
 __device__ __forceinline__ uint32_t pack(float low, float high);

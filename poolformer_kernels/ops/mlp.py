@@ -157,7 +157,7 @@ def mlp(
             statistics (count, mean, M2) of x. They only save the time to compute them.
         return_stats: return (z, statistics of z).
         save_hidden: keep fc1's result for the backward, B · H · W · hidden elements, instead of
-            computing it again from x. The "triton" backend can; "cpu" always recomputes.
+            computing it again from x. "triton" and "cuda" can; "cpu" always recomputes.
         backend: "auto", "torch", "cpu", "triton" or "cuda"; see `use_backend`.
 
     Returns:
