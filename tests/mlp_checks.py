@@ -158,7 +158,8 @@ class Launchers:
             bits.append(z)
             if case.shape[0]:
                 of_result = reference.statistics(z.cpu().double(), groups)[:, :, 0]
-                torch.testing.assert_close(merged(stats), of_result, rtol=1e-5, atol=1e-5)
+                close = 1e-5 * max(1.0, case.mean / 100)  # means have fewer digits left
+                torch.testing.assert_close(merged(stats), of_result, rtol=close, atol=1e-5)
         assert torch.equal(bits[0], bits[-1])
 
     def assert_given_statistics(self, case: Case, dtype: torch.dtype) -> None:

@@ -264,7 +264,7 @@ def test_what_a_backward_moves(shape: str, dtype: str, counted: Callable[..., An
     batch, channels, height, width = map(int, shape.split())
     parts = -(-batch * -(-height * width // (16 if dtype == "float32" else 32)) // 4)
     sums = parts * 2 * 4 * channels**2 * 4
-    assert moved(kernels) <= 27.3 * size + sums + parameters, names
+    assert moved(kernels) <= 27.3 * size + sums + 1.6 * parameters, names  # fc1_weight twice
     rest = [n for n in counts if n not in kernels]
     assert moved(rest) <= 1.1 * sums + 3 * parameters, names
     for n in counts:

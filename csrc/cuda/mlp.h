@@ -112,4 +112,9 @@ MlpSplit mlp_split(const MlpShape& shape);
 cudaError_t mlp_input_gradient(const MlpBackward& arguments, cudaStream_t stream);
 cudaError_t mlp_weight_gradients(const MlpBackward& arguments, cudaStream_t stream);
 
+// Steps of these two: `folded`; dx from gamma dn, with several groups; all gradients from parts.
+cudaError_t mlp_fold(const MlpBackward& arguments, cudaStream_t stream);
+cudaError_t mlp_norm_gradient(const MlpBackward& arguments, cudaStream_t stream);
+cudaError_t mlp_sum_parts(const MlpBackward& arguments, cudaStream_t stream);
+
 }  // namespace poolformer::cuda

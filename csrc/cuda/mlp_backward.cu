@@ -13,30 +13,6 @@ namespace poolformer::cuda {
 namespace mlp {
 namespace {
 
-constexpr int kFoldWarps = 8;
-constexpr int kNormThreads = 256;
-
-// folded: w~, b~. A warp a hidden unit.
-__global__ void fold_kernel(const __grid_constant__ MlpBackward a) {
-  const MlpShape& s = a.shape;
-  const MlpParameters& p = a.parameters;
-  const int lane = threadIdx.x % kWarp, unit = blockIdx.x * kFoldWarps + threadIdx.x / kWarp;
-  if (unit >= s.hidden) return;
-  const Vector weight = {p.fc1_weight, s.product_dtype};
-  float scaled = 0, shifted = 0;
-  for (int c = lane; c < s.channels; c += kWarp) {
-    const float w = load(weight, static_cast<int64_t>(unit) * s.channels + c, 0.f);
-    scaled = fmaf(w, load(p.norm_weight, c, 1.f), scaled);
-    shifted = fmaf(w, load(p.norm_bias, c, 0.f), shifted);
-  }
-  scaled = sum_of_lanes(scaled);
-  shifted = sum_of_lanes(shifted);
-  if (lane == 0) {
-    a.folded[unit] = scaled;
-    a.folded[s.hidden + unit] = shifted + load(p.fc1_bias, unit, 0.f);
-  }
-}
-
 // activated = a, dhidden = dh, and with one group the sums of c2 and c1 of a tile. Grid: B times
 // the tiles of (rows, hidden).
 template <class M, int kSize>
@@ -183,10 +159,16 @@ __global__ void __launch_bounds__(threads_of(kSize))
   }
 }
 
-// dx; with several groups gamma dn, of which norm_gradient_kernel makes it. Grid: B times the tiles
+// Of a multiprocessor: left to itself ptxas stops at 72 registers on sm_100 and spills.
+template <class M>
+constexpr int input_gradient_blocks(int size) {
+  return size == 128 ? 2 : std::is_same_v<M, float> ? 3 : 5;
+}
+
+// dx; with several groups gamma dn, of which mlp_norm_gradient makes it. Grid: B times the tiles
 // of (rows, C).
 template <class M, int kSize>
-__global__ void __launch_bounds__(threads_of(kSize))
+__global__ void __launch_bounds__(threads_of(kSize), input_gradient_blocks<M>(kSize))
     input_gradient_kernel(const __grid_constant__ MlpBackward a) {
   using T = Element<M>;
   using Products = TileProducts<M, kSize, Order::kDeep, Order::kWide>;
@@ -262,45 +244,10 @@ __global__ void __launch_bounds__(threads_of(kSize))
   }
 }
 
-// dx from gamma dn, in its place. A block an image and group.
-__global__ void __launch_bounds__(kNormThreads)
-    norm_gradient_kernel(const __grid_constant__ MlpBackward a) {
-  __shared__ float2 warp_sums[kNormThreads / kWarp];
-  const MlpShape& s = a.shape;
-  const Vector x = {a.x, s.dtype}, dz = {a.dz, s.dtype};
-  const Gradient dx = {a.dx, s.dtype};
-  const int group_channels = s.channels / s.groups, size = s.rows * group_channels;
-  const int first = blockIdx.x % s.groups * group_channels;
-  const int64_t start = static_cast<int64_t>(blockIdx.x / s.groups) * s.rows * s.channels;
-  const float mean = a.saved[2 * static_cast<int64_t>(blockIdx.x)];
-  const float rstd = a.saved[2 * static_cast<int64_t>(blockIdx.x) + 1];
-  const auto index_of = [&](int i) {
-    return start + (s.channels_last ? i / group_channels * s.channels + first + i % group_channels
-                                    : first * s.rows + i);
-  };
-  float2 sums = {};
-  for (int i = threadIdx.x; i < size; i += kNormThreads) {
-    const int64_t at = index_of(i);
-    const float gradient = read(dx, at);
-    sums.x += gradient;
-    sums.y = fmaf(gradient, (load(x, at, 0.f) - mean) * rstd, sums.y);
-  }
-  sums = make_float2(sum_of_lanes(sums.x), sum_of_lanes(sums.y));
-  if (threadIdx.x % kWarp == 0) warp_sums[threadIdx.x / kWarp] = sums;
-  __syncthreads();
-  sums = {};
-#pragma unroll
-  for (int i = 0; i < kNormThreads / kWarp; ++i) {
-    sums.x += warp_sums[i].x;
-    sums.y += warp_sums[i].y;
-  }
-  const float along_one = sums.x / static_cast<float>(size);
-  const float along_x = sums.y / static_cast<float>(size) * rstd;
-  for (int i = threadIdx.x; i < size; i += kNormThreads) {
-    const int64_t at = index_of(i);
-    const float rest = read(dx, at) - along_one - (load(x, at, 0.f) - mean) * along_x;
-    store(dx, at, fmaf(rest, rstd, load(dz, at, 0.f)));
-  }
+// Large tiles leave room for one block of a multiprocessor, which hides no latency of its own: they
+// pay where the summed dimension is long.
+int hidden_gradient_tile(const MlpShape& s) {
+  return s.channels <= 128 ? 64 : tile_of(s, s.hidden);
 }
 
 template <class M, int kSize>
@@ -322,32 +269,25 @@ cudaError_t launch_input_gradient(const MlpBackward& a, cudaStream_t stream) {
 }  // namespace mlp
 
 int mlp_norm_parts(const MlpShape& s) {
-  const int size = mlp::tile_size(s.rows, s.hidden, s.product_dtype == Dtype::kFloat32 ? 4 : 2);
-  return static_cast<int>(mlp::tiles_of(s.rows, s.hidden, size));
+  return static_cast<int>(mlp::tiles_of(s.rows, s.hidden, mlp::hidden_gradient_tile(s)));
 }
 
 cudaError_t mlp_input_gradient(const MlpBackward& a, cudaStream_t stream) {
   const MlpShape& s = a.shape;
-  if (a.folded != nullptr) {
-    const int blocks = (s.hidden - 1) / mlp::kFoldWarps + 1;
-    mlp::fold_kernel<<<blocks, mlp::kFoldWarps * kWarp, 0, stream>>>(a);
-    if (cudaError_t e = cudaGetLastError(); e != cudaSuccess) return e;
+  if (s.groups == 1) {
+    if (cudaError_t e = mlp_fold(a, stream); e != cudaSuccess) return e;
   }
   cudaError_t e = mlp::with_products(s, [&](auto kind) {
     using M = decltype(kind);
-    cudaError_t e = mlp::with_tile_size<M>(s.rows, s.hidden, [&](auto size) {
+    cudaError_t e = mlp::with_tile_size<M>(mlp::hidden_gradient_tile(s), [&](auto size) {
       return mlp::launch_hidden_gradient<M, size()>(a, stream);
     });
     if (e != cudaSuccess) return e;
-    return mlp::with_tile_size<M>(s.rows, s.channels, [&](auto size) {
+    return mlp::with_tile_size<M>(mlp::tile_of(s, s.channels), [&](auto size) {
       return mlp::launch_input_gradient<M, size()>(a, stream);
     });
   });
-  if (e != cudaSuccess || s.groups == 1) return e;
-  const int64_t image_groups = s.batch * s.groups;
-  mlp::norm_gradient_kernel<<<static_cast<unsigned>(image_groups), mlp::kNormThreads, 0, stream>>>(
-      a);
-  return cudaGetLastError();
+  return e != cudaSuccess || s.groups == 1 ? e : mlp_norm_gradient(a, stream);
 }
 
 }  // namespace poolformer::cuda

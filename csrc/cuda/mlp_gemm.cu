@@ -214,11 +214,13 @@ cudaError_t mlp_forward(const MlpForward& a, cudaStream_t stream) {
   }
   return mlp::with_products(s, [&](auto kind) {
     using M = decltype(kind);
-    cudaError_t e = mlp::with_tile_size<M>(
-        s.rows, s.hidden, [&](auto size) { return mlp::launch_hidden<M, size()>(a, stream); });
+    cudaError_t e = mlp::with_tile_size<M>(mlp::tile_of(s, s.hidden), [&](auto size) {
+      return mlp::launch_hidden<M, size()>(a, stream);
+    });
     if (e != cudaSuccess) return e;
-    return mlp::with_tile_size<M>(
-        s.rows, s.channels, [&](auto size) { return mlp::launch_residual<M, size()>(a, stream); });
+    return mlp::with_tile_size<M>(mlp::tile_of(s, s.channels), [&](auto size) {
+      return mlp::launch_residual<M, size()>(a, stream);
+    });
   });
 }
 

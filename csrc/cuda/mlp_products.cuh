@@ -86,11 +86,16 @@ cudaError_t with_products(const MlpShape& s, Launch launch) {
   return s.tf32 ? launch(Tf32{}) : launch(float{});
 }
 
-// Calls launch with the size of the tiles of a (rows of an image, columns) product as a constant.
+// tile_size of a (rows of an image, columns) product.
+inline int tile_of(const MlpShape& s, int64_t columns) {
+  return tile_size(s.rows, columns, s.product_dtype == Dtype::kFloat32 ? 4 : 2);
+}
+
+// Calls launch with the size of a tile as a constant.
 template <class M, class Launch>
-cudaError_t with_tile_size(int64_t rows, int64_t columns, Launch launch) {
+cudaError_t with_tile_size(int size, Launch launch) {
   if constexpr (sizeof(Element<M>) == 2) {
-    if (tile_size(rows, columns, 2) == 128) return launch(std::integral_constant<int, 128>{});
+    if (size == 128) return launch(std::integral_constant<int, 128>{});
   }
   return launch(std::integral_constant<int, 64>{});
 }
