@@ -87,8 +87,6 @@ def _triton(call: Call) -> str | None:
 def _cuda(call: Call) -> str | None:
     if call.device != "cuda":
         return f"it runs on NVIDIA GPUs, and this tensor is on {call.device}"
-    if call.op == "mlp" and call.grad:
-        return "this version has no CUDA C++ kernel for its backward"
     module = _extension.load()
     if module is None:
         return _extension.why_not()

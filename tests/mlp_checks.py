@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import cases
@@ -23,37 +24,24 @@ SHAPES = [
     Case((2, 200, 5, 5), hidden=72, act="relu", mean=3.0, drop=True),
     Case((1, 256, 13, 8), hidden=128),
 ]
-Forward = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+FAR_FROM_ZERO = [  # rounded before the norm, x would lose all of its digits
+    Case((3, 32, 6, 5), mean=1000.0, drop=True),
+    Case((2, 208, 4, 5), hidden=24, mean=1000.0, num_groups=2),
+]
 
 
 def on(device: str, t: Tensor | None) -> Tensor | None:
     return None if t is None else t.to(device)
 
 
-def arguments(
+def setup(
     case: Case, dtype: torch.dtype, products: torch.dtype | None = None
-) -> tuple[Tensor, list[Tensor | None], dict[str, Any]]:
-    """x, parameters and options; weights in `products` if that is given."""
-    x, params = cases.random_input(case, "nchw", dtype), cases.parameters("mlp", case, dtype)
-    if products is not None:
-        params[2], params[4] = (params[i].to(products) for i in (2, 4))
-    return x, params, cases.options("mlp", case)
-
-
-def launch(
-    forward: Forward,
-    x: Tensor,
-    params: list[Tensor | None],
-    options: dict[str, Any],
-    stats: Tensor | None = None,
-    return_stats: bool = False,
-    save_hidden: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What `forward` gives on x's device, wherever the other tensors are."""
-    factors = (options.get("drop_path"), options.get("hidden_drop_path"))
-    rest = [on(str(x.device), t) for t in (*params, *factors)]
-    act, groups = options["act"], options["num_groups"]
-    return forward(x, stats, *rest, act, groups, EPS, return_stats, save_hidden)
+) -> tuple[Tensor, list[Tensor | None], dict[str, Any], Tensor]:
+    """x, parameters, options and dz, in `dtype`; parameters have values that `products` holds."""
+    x = cases.random_input(case, "nchw", dtype)
+    params = cases.parameters("mlp", case, products or dtype)
+    params = [None if p is None else p.to(dtype) for p in params]
+    return x, params, cases.options("mlp", case), torch.randn(case.shape).to(dtype)
 
 
 def merged(stats: Tensor) -> Tensor:
@@ -65,69 +53,151 @@ def merged(stats: Tensor) -> Tensor:
     return torch.stack([total, center, m2], -1)
 
 
-def exact_hidden(x: Tensor, params: list[Tensor | None], groups: int) -> Tensor:
-    """fc1's result before the activation in float64: (B, H, W, hidden)."""
-    gamma, beta, w1, b1 = (None if p is None else p.double() for p in params[:4])
-    normed = torch.group_norm(x.double(), groups, gamma, beta, EPS)
-    h = normed.permute(0, 2, 3, 1) @ w1.flatten(1).t()
-    return h if b1 is None else h + b1
+def hidden_of(x: Tensor, params: list[Tensor | None], options: dict[str, Any]) -> Tensor:
+    """fc1's result before the activation: (B, H, W, hidden)."""
+    gamma, beta, fc1_weight, fc1_bias, *_ = params
+    normed = torch.group_norm(x, options["num_groups"], gamma, beta, EPS).movedim(1, 3)
+    return torch.nn.functional.linear(normed, fc1_weight, fc1_bias)
 
 
-def assert_forward(
-    forward: Forward, partials: Callable[..., int], case: Case, layout: str, dtype: torch.dtype
-) -> None:
-    """z against float64 and eager on the CPU, its layout, and its statistics."""
-    x, params, options = arguments(case, dtype)
-    x_there = cases.layout_of(x.cuda(), layout)
-    if layout == "expanded" and case.shape[0]:
-        x, x_there = (t[:1].expand(case.shape) for t in (x, x_there))
-    z, saved, stats, hidden = launch(forward, x_there, params, options, return_stats=True)
-    eager = cases.run(reference.mlp, x, params, **options)
-    exact = cases.oracle("mlp", x, params, **options)
-    cases.assert_as_exact_as_eager([z.cpu()], eager, exact)
-    assert z.stride() == empty_like_op_output(x_there).stride()
-    assert saved.shape == (case.shape[0], case.num_groups, 2) and hidden.shape == (0,)
-    assert stats.shape == (case.shape[0], case.num_groups, partials(case, z), 3)
-    if case.shape[0]:
-        of_result = reference.statistics(z.cpu().double(), case.num_groups)[:, :, 0]
-        torch.testing.assert_close(merged(stats), of_result, rtol=1e-5, atol=1e-5)
+@dataclass(frozen=True)
+class Launchers:
+    """forward and backward of an implementation; its tensors are on `device`.
 
+    partials: P of the statistics, from x's shape, groups, whether x is channels_last, the products'
+    dtype and x's.
+    """
 
-def assert_mixed(forward: Forward, case: Case, layout: str, products: torch.dtype) -> None:
-    """x in float32 and weights in `products`: as eager under autocast, but for roundings of z."""
-    x, params, options = arguments(case, torch.float32, products)
-    z, *_ = launch(forward, cases.layout_of(x.cuda(), layout), params, options)
-    with torch.autocast("cpu", dtype=products):
-        eager = cases.run(reference.mlp, x, params, **options)
-    exact = cases.oracle("mlp", x, params, **options)
-    assert z.dtype == torch.float32
-    cases.assert_as_exact_as_eager([z.cpu()], [eager[0].float()], exact)
+    launch_forward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+    launch_backward: Callable[..., tuple[Tensor, ...]]
+    partials: Callable[..., int]
+    device: str = "cuda"
 
+    def there(self, t: Tensor | None, layout: str = "nchw") -> Tensor | None:
+        """t on the device, in `layout`; "expanded" has its first image alone."""
+        if t is None:
+            return None
+        if layout == "expanded" and len(t):
+            return t[:1].to(self.device).expand(t.shape)
+        return cases.layout_of(t.to(self.device), layout)
 
-def assert_hidden(forward: Forward, case: Case, dtype: torch.dtype) -> None:
-    """The kept hidden, and that keeping it changes nothing else."""
-    x, params, options = arguments(case, dtype)
-    there = cases.layout_of(x.cuda(), "channels_last")
-    z, *_ = launch(forward, there, params, options)
-    with_hidden, _, _, hidden = launch(forward, there, params, options, save_hidden=True)
-    batch, _, height, width = case.shape
-    assert torch.equal(z, with_hidden) and hidden.is_contiguous()
-    assert hidden.shape == (batch, height, width, params[2].shape[0]) and hidden.dtype == dtype
-    exact = exact_hidden(x, params, case.num_groups)
-    error = (hidden.cpu().double() - exact).norm()
-    assert error <= 2 * torch.finfo(dtype).eps * exact.norm()
+    def forward(
+        self,
+        x: Tensor,
+        params: list[Tensor | None],
+        options: dict[str, Any],
+        stats: Tensor | None = None,
+        return_stats: bool = False,
+        save_hidden: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(z, saved, stats_out, hidden) on x's device, wherever the other tensors are."""
+        factors = (options.get("drop_path"), options.get("hidden_drop_path"))
+        rest = [on(str(x.device), t) for t in (*params, *factors)]
+        act, groups = options["act"], options["num_groups"]
+        return self.launch_forward(x, stats, *rest, act, groups, EPS, return_stats, save_hidden)
 
+    def backward(
+        self,
+        dz: Tensor,
+        x: Tensor,
+        saved: Tensor,
+        hidden: Tensor | None,
+        params: list[Tensor | None],
+        options: dict[str, Any],
+    ) -> list[Tensor]:
+        """dx, and the gradients of the parameters that are there."""
+        factors = (options.get("drop_path"), options.get("hidden_drop_path"))
+        rest = [on(str(x.device), t) for t in (*params, *factors)]
+        dx, *grads = self.launch_backward(dz, x, saved, hidden, *rest, options["act"])
+        there = [(g, p) for g, p in zip(grads, params, strict=True) if p is not None]
+        assert dx.dtype == x.dtype and all(g.dtype == p.dtype for g, p in there)
+        return [dx, *(g for g, _ in there)]
 
-def assert_given_statistics(forward: Forward, case: Case) -> None:
-    """Statistics that are given are merged and used, whatever x's are."""
-    x, params, options = arguments(case, torch.float16)
-    whole, saved, *_ = launch(forward, x.cuda(), params, options)
-    halves = [reference.statistics(h.float(), case.num_groups) for h in (x[:, :, :2], x[:, :, 2:])]
-    stats = torch.cat(halves, 2)
-    parts, saved_too, *_ = launch(forward, x.cuda(), params, options, stats.cuda())
-    torch.testing.assert_close(parts, whole, rtol=2e-3, atol=2e-3)
-    torch.testing.assert_close(saved_too, saved, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(saved[..., 0].cpu(), merged(stats)[..., 1].float())
-    wrong = stats * torch.tensor([1.0, 1.0, 4.0])
-    z, *_ = launch(forward, x.cuda(), params, options, wrong.cuda())
-    assert not torch.allclose(z, whole, atol=1e-2)
+    def assert_right(
+        self,
+        case: Case,
+        layout: str,
+        dtype: torch.dtype,
+        autocast: torch.dtype | None = None,
+        keeps: tuple[bool, ...] = (False, True),
+    ) -> None:
+        """All that forward and backward return, against float64 and eager on the CPU.
+
+        autocast: the products' dtype. keeps: whether the hidden is kept; both change no bit of z.
+        """
+        x, params, options, dz = setup(case, dtype, autocast)
+        if layout == "expanded" and case.shape[0]:
+            x, dz = (t[:1].expand(case.shape) for t in (x, dz))
+        given = list(params)
+        if autocast is not None:  # eager casts the weights and biases; ours get one bias as it is
+            for index in (2, 4, 5 if layout == "nchw" else 3):
+                given[index] = None if params[index] is None else params[index].to(autocast)
+        with torch.autocast("cpu", autocast, enabled=autocast is not None):
+            eager = cases.run(reference.mlp, x, params, dz, **options)
+            eager.append(hidden_of(x, params, options))
+        exact = cases.oracle("mlp", x, params, dz, **options)
+        doubled = [None if p is None else p.double() for p in params]
+        exact.append(hidden_of(x.double(), doubled, options))
+
+        x_there, dz_there = self.there(x, layout), self.there(dz, layout)
+        strides, groups = empty_like_op_output(x_there).stride(), case.num_groups
+        partials = self.partials(x.shape, groups, strides[1] == 1, autocast or dtype, dtype)
+        bits = []
+        for keep in keeps:
+            z, saved, stats, hidden = self.forward(x_there, given, options, None, True, keep)
+            kept = hidden if keep else None
+            ours = [z, *self.backward(dz_there, x_there, saved, kept, given, options)]
+            assert z.stride() == ours[1].stride() == strides
+            assert saved.shape == (case.shape[0], groups, 2)
+            assert stats.shape == (case.shape[0], groups, partials, 3)
+            ours = [t.cpu().to(e.dtype) for t, e in zip(ours, eager[:-1], strict=True)]
+            ours.append(hidden.cpu() if keep else eager[-1])
+            cases.assert_as_exact_as_eager(ours, eager, exact)
+            assert hidden.is_contiguous() and hidden.dtype == (autocast or dtype)
+            assert keep or hidden.shape == (0,)
+            bits.append(z)
+            if case.shape[0]:
+                of_result = reference.statistics(z.cpu().double(), groups)[:, :, 0]
+                close = 1e-5 * max(1.0, case.mean / 100)  # means have fewer digits left
+                torch.testing.assert_close(merged(stats), of_result, rtol=close, atol=1e-5)
+        assert torch.equal(bits[0], bits[-1])
+
+    def assert_given_statistics(self, case: Case, dtype: torch.dtype) -> None:
+        """Statistics that are given are merged and used, whatever x's are."""
+        x, params, options, _ = setup(case, dtype)
+        whole, saved, *_ = self.forward(self.there(x), params, options)
+        halves = (x[:, :, :2], x[:, :, 2:])
+        stats = torch.cat([reference.statistics(h.float(), case.num_groups) for h in halves], 2)
+        parts, saved_too, *_ = self.forward(self.there(x), params, options, self.there(stats))
+        close = 1e-5 if dtype == torch.float32 else 2e-3
+        torch.testing.assert_close(parts, whole, rtol=close, atol=close)
+        torch.testing.assert_close(saved_too, saved, rtol=1e-5, atol=1e-5)
+        mean = merged(stats)[..., 1].float()
+        torch.testing.assert_close(saved[..., 0].cpu(), mean, rtol=1e-5, atol=1e-6)
+        wrong = stats * torch.tensor([1.0, 1.0, 4.0])
+        z, *_ = self.forward(self.there(x), params, options, self.there(wrong))
+        assert not torch.allclose(z, whole, atol=1e-2)
+
+    def assert_same_bits(self, case: Case) -> None:
+        """Every result of two runs of the same, with the hidden kept and not."""
+        x, params, options, dz = setup(case, torch.float16)
+
+        def results() -> list[Tensor]:
+            x_there, dz_there = self.there(x), self.there(dz)
+            first = self.forward(x_there, params, options, None, True, True)
+            both = (
+                self.backward(dz_there, x_there, first[1], kept, params, options)
+                for kept in (first[3], None)
+            )
+            return [*first, *(grad for grads in both for grad in grads)]
+
+        assert all(torch.equal(a, b) for a, b in zip(results(), results(), strict=True))
+
+    def assert_constant_image(self, case: Case) -> None:
+        """Pixels that fill up a tile are not in its image: (0 − mean) / std of them is infinite."""
+        x, params, options, dz = setup(case, torch.float16)
+        x, dz = self.there(torch.full_like(x, 300.0)), self.there(dz)
+        z, saved, _, hidden = self.forward(x, params, options, save_hidden=True)
+        for kept in (hidden, None):
+            grads = self.backward(dz, x, saved, kept, params, options)
+            assert all(t.isfinite().all() for t in (z, *grads))

@@ -21,7 +21,11 @@ from poolformer_kernels import _extension, reference
 BUILT = pytest.mark.skipif(NO_CUDA, reason="CUDA kernels are not built here")
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 TARGETS = ["80", "86", "89", "90", "100", "120"]
-MOST_REGISTERS = {"mlp_fused.cu": 255}  # sums and operands of all channels: one block of 8 warps
+MOST_REGISTERS = {
+    "mlp_fused.cu": 255,  # sums and operands of all channels: one block of 8 warps
+    "mlp_backward.cu": 255,  # two sums, of h and of its gradient: the same
+    "mlp_weight_gradients.cu": 255,  # exact products of float32 alone; 128 in 16 bits
+}
 
 
 def test_every_element_has_one_place(tmp_path: Path) -> None:
@@ -196,7 +200,7 @@ def test_compiles_without_spills(source: Path, target: str, tmp_path: Path) -> N
     stacks = re.findall(r"(\d+) bytes stack frame", done.stderr)
     registers = [int(n) for n in re.findall(r"Used (\d+) registers", done.stderr)]
     shared = [int(n) for n in re.findall(r"(\d+) bytes smem", done.stderr)]
-    assert len(registers) >= 3 and len(spills) == len(registers)
+    assert len(registers) >= 2 and len(spills) == len(registers)
     assert {n for pair in spills for n in pair} | set(stacks) == {"0"}, done.stderr
     assert (
         max(registers) <= MOST_REGISTERS.get(source.name, 128)

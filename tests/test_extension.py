@@ -23,6 +23,7 @@ CUDA_FUNCTIONS = {
     "cuda_group_norm_forward",
     "cuda_group_norm_backward",
     "cuda_mlp_forward",
+    "cuda_mlp_backward",
 }
 
 

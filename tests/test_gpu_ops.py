@@ -15,12 +15,10 @@ import poolformer_kernels as pk
 from poolformer_kernels import modules, reference
 
 pytestmark = pytest.mark.gpu
-# Each op on each backend that has it.
 OPS = [
     pytest.param(op, *backend.values, marks=backend.marks, id=f"{op}-{backend.values[0]}")
     for op in ("pool_mixer", "mlp", "group_norm")
     for backend in BACKENDS
-    if (op, *backend.values) != ("mlp", "cuda")
 ]
 CASE = Case((2, 24, 7, 5), drop=True, hidden=40)
 
@@ -48,10 +46,14 @@ def test_forward_and_gradients(op: str, backend: str, layout: str, dtype: torch.
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.skipif(NO_TRITON, reason="Triton is not installed")
 def test_auto_takes_the_kernels(autocast: bool) -> None:
-    for op, without_cuda in (("pool_mixer", "triton"), ("group_norm", "triton")):
-        chosen = pk.backends.resolve(op, "cuda", torch.bfloat16, None, True, autocast)
-        assert chosen == (without_cuda if NO_CUDA else "cuda")
-    assert pk.backends.resolve("mlp", "cuda", torch.float32, "gelu", True, autocast) == "triton"
+    wide = torch.cuda.get_device_capability()[0] in (9, 10, 11)  # matrix instructions
+    for op, act, triton in (
+        ("pool_mixer", None, NO_CUDA),
+        ("group_norm", None, NO_CUDA),
+        ("mlp", "gelu", NO_CUDA or wide),
+    ):
+        chosen = pk.backends.resolve(op, "cuda", torch.bfloat16, act, True, autocast)
+        assert chosen == ("triton" if triton else "cuda")
 
 
 @pytest.mark.skipif(NO_CUDA or NO_TRITON, reason="it needs the kernels of both backends")
@@ -115,7 +117,8 @@ def test_fakes_agree_with_the_kernels(op: str, backend: str, layout: str) -> Non
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_autograd_saves_the_hidden_only_if_asked_to(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autograd_saves_the_hidden_only_if_asked_to(backend: str, dtype: torch.dtype) -> None:
     x = cases.random_input(CASE, "channels_last", dtype).cuda()
     params = [on_gpu(p) for p in cases.parameters("mlp", CASE, dtype)]
     dz = torch.randn(CASE.shape).to(dtype).cuda()
@@ -128,7 +131,8 @@ def test_autograd_saves_the_hidden_only_if_asked_to(dtype: torch.dtype) -> None:
             return t
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            results.append(cases.run(pk.mlp, x, params, dz, save_hidden=save_hidden))
+            how = {"save_hidden": save_hidden, "backend": backend}
+            results.append(cases.run(pk.mlp, x, params, dz, **how))
         saved.append(sum(sizes))
     batch, _, height, width = CASE.shape
     assert saved[1] - saved[0] == batch * height * width * CASE.hidden

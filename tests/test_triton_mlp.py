@@ -9,24 +9,10 @@ import cases
 import pytest
 import torch
 from cases import CASES, DTYPES, Case
-from torch import Tensor
-
-from poolformer_kernels import reference
-from poolformer_kernels.ops._common import empty_like_op_output
 
 pytest.importorskip("triton")
-from mlp_checks import merged
-from triton_mlp import (
-    DEVICE,
-    INTERPRETED,
-    backward,
-    forward,
-    hidden_of,
-    on_device,
-    setup,
-)
-
-from poolformer_kernels.kernels import mlp as kernels
+from mlp_checks import FAR_FROM_ZERO, setup
+from triton_mlp import DEVICE, INTERPRETED, MLP
 
 RUNS = pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(), reason="no GPU")
 # Triton's interpreter computes on the bits of bfloat16 values as if they were integers.
@@ -39,10 +25,6 @@ WIDTHS = [
     Case((1, 128, 9, 8), hidden=72, act="gelu_pytorch_tanh"),
     Case((3, 192, 3, 5), hidden=40, drop=True),
     Case((3, 200, 5, 5), hidden=72, act="relu", mean=3.0, drop=True),
-]
-FAR_FROM_ZERO = [  # rounded before the norm, x would lose all of its digits
-    Case((3, 32, 6, 5), mean=1000.0, drop=True),
-    Case((2, 208, 4, 5), hidden=24, mean=1000.0, num_groups=2),
 ]
 # Fused, two products, more groups; a compilation each.
 MIXED = [
@@ -58,41 +40,9 @@ MIXED = [
 
 
 def check(case: Case, layout: str, dtype: torch.dtype, autocast: torch.dtype | None = None) -> None:
-    """Everything that forward and backward return; with `autocast`, products in that dtype."""
-    x, params, options, dz = setup(case, dtype, autocast)
-    if layout == "expanded" and case.shape[0]:
-        x, dz = (t[:1].expand(case.shape) for t in (x, dz))
-    given = list(params)
-    if autocast is not None:  # eager casts the weights and the biases; ours get one bias as it is
-        for index in (2, 4, 5 if layout == "nchw" else 3):
-            given[index] = None if params[index] is None else params[index].to(autocast)
-    with torch.autocast("cpu", autocast, enabled=autocast is not None):
-        eager = cases.run(reference.mlp, x, params, dz, **options)
-        eager.append(hidden_of(x, params, options))
-    exact = cases.oracle("mlp", x, params, dz, **options)
-    doubled = [None if p is None else p.double() for p in params]
-    exact.append(hidden_of(x.double(), doubled, options))
-
-    x_there, dz_there = on_device(x, layout), on_device(dz, layout)
-    strides, groups = empty_like_op_output(x_there).stride(), case.num_groups
-    partials = kernels.stats_partials(x.shape, groups, strides[1] == 1, autocast or dtype, dtype)
-    bits = []
     # An operator of the interpreter is slow: there, each layout stands for one of the two.
-    for save in (False, True) if not INTERPRETED else (layout == "nchw",):
-        z, saved, stats, hidden = forward(x_there, given, options, None, True, save)
-        kept = hidden if save else None
-        ours = [z, *backward(dz_there, x_there, saved, kept, given, options)]
-        assert z.stride() == ours[1].stride() == strides
-        assert stats.shape[2] == partials and hidden.dtype == (autocast or dtype)
-        ours = [t.cpu().to(e.dtype) for t, e in zip(ours, eager[:-1], strict=True)]
-        ours.append(hidden.cpu() if save else eager[-1])
-        cases.assert_as_exact_as_eager(ours, eager, exact)
-        assert hidden.is_contiguous() and (save or hidden.shape == (0,))
-        bits.append(z)
-        if case.shape[0]:
-            of_result = reference.statistics(z.cpu().double(), groups)[:, :, 0]
-            torch.testing.assert_close(merged(stats), of_result, rtol=1e-5, atol=1e-5)
-    assert torch.equal(bits[0], bits[-1])
+    keeps = (layout == "nchw",) if INTERPRETED else (False, True)
+    MLP.assert_right(case, layout, dtype, autocast, keeps)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is what it starts")
@@ -139,47 +89,24 @@ def test_layouts_that_are_copied(layout: str) -> None:
 
 
 @RUNS
-def test_given_statistics_are_used_and_merged() -> None:
-    for groups in (1, 2):
-        x, params, options, _ = setup(Case((2, 12, 6, 8), num_groups=groups, mean=5.0), DTYPES[0])
-        whole, saved, *_ = forward(on_device(x), params, options)
-        halves = [reference.statistics(half, groups) for half in (x[:, :, :2], x[:, :, 2:])]
-        stats = torch.cat(halves, 2)
-        parts, saved_too, *_ = forward(on_device(x), params, options, on_device(stats))
-        torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(saved_too, saved, rtol=1e-5, atol=1e-5)
-        exact = merged(stats)
-        torch.testing.assert_close(saved[..., 0].cpu(), exact[..., 1].float(), rtol=1e-5, atol=1e-6)
-        wrong = stats * torch.tensor([1.0, 1.0, 4.0])
-        z, *_ = forward(on_device(x), params, options, on_device(wrong))
-        assert not torch.allclose(z, whole, atol=1e-2)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_given_statistics_are_used_and_merged(groups: int) -> None:
+    MLP.assert_given_statistics(Case((2, 12, 6, 8), num_groups=groups, mean=5.0), torch.float32)
 
 
 @RUNS
 @pytest.mark.parametrize("shape", [(2, 16, 6, 7), (1, 200, 3, 3)], ids=str)
 def test_same_bits_on_every_run(shape: tuple[int, int, int, int]) -> None:
-    x, params, options, dz = setup(Case(shape, hidden=40), torch.float16)
-
-    def results() -> list[Tensor]:
-        first = forward(on_device(x), params, options, None, True, True)
-        grads = backward(on_device(dz), on_device(x), first[1], first[3], params, options)
-        return [
-            *first,
-            *grads,
-            *backward(on_device(dz), on_device(x), first[1], None, params, options),
-        ]
-
-    for a, b in zip(results(), results(), strict=True):
-        assert torch.equal(a, b)
+    MLP.assert_same_bits(Case(shape, hidden=40))
 
 
 def test_what_no_kernel_takes_is_refused_before_a_launch() -> None:
     x, params, options, _ = setup(CASES[2], torch.float64)
     with pytest.raises(TypeError, match=r"mlp: x is torch.float64; .* take .* backend='torch'"):
-        forward(x, params, options)
+        MLP.forward(x, params, options)
     x = torch.empty((1, 2**16, 128, 128), dtype=torch.bfloat16, device="meta")
     with pytest.raises(ValueError, match=r"mlp: one image of x has 1073741824 elements"):
-        forward(x, params, options)
+        MLP.forward(x, params, options)
 
 
 @pytest.mark.gpu
@@ -191,7 +118,7 @@ def test_float32_products_round_only_where_pytorch_may() -> None:
     try:
         for allowed in (False, True):
             torch.backends.cuda.matmul.allow_tf32 = allowed
-            z = forward(on_device(x), params, options)[0]
+            z = MLP.forward(MLP.there(x), params, options)[0]
             errors.append((z.cpu().double() - exact).norm() / exact.norm())
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
@@ -200,10 +127,4 @@ def test_float32_products_round_only_where_pytorch_may() -> None:
 
 @RUNS
 def test_a_constant_image() -> None:
-    """Pixels that fill up a tile are not in its image: (0 − mean) / std of them is infinite."""
-    x, params, options, dz = setup(Case((1, 16, 3, 3)), torch.float16)
-    x = torch.full_like(x, 300.0)
-    z, saved, _, hidden = forward(on_device(x), params, options, save_hidden=True)
-    for kept in (hidden, None):
-        grads = backward(on_device(dz), on_device(x), saved, kept, params, options)
-        assert all(t.isfinite().all() for t in (z, *grads))
+    MLP.assert_constant_image(Case((1, 16, 3, 3)))

@@ -14,7 +14,8 @@ from torch import Tensor
 from poolformer_kernels import reference
 
 pytest.importorskip("triton")
-from triton_mlp import EPS, backward, counted, forward, on_device, passes, setup
+from mlp_checks import EPS, setup
+from triton_mlp import MLP, counted, passes
 
 from benchmarks import ahead_of_time
 from poolformer_kernels.kernels import mlp as kernels
@@ -29,13 +30,13 @@ def launches_of(
     dtype = torch.float32 if autocast else torch.bfloat16
     x, params, options, dz = setup(case, dtype)
     params[2], params[4] = params[2].bfloat16(), params[4].bfloat16()
-    stats = on_device(reference.statistics(x, 1))
-    params = [on_device(p) for p in params]
-    x, dz = on_device(x, "channels_last"), on_device(dz, "channels_last")
+    stats = MLP.there(reference.statistics(x, 1))
+    params = [MLP.there(p) for p in params]
+    x, dz = MLP.there(x, "channels_last"), MLP.there(dz, "channels_last")
     with counted() as ahead:
-        _, saved, _, hidden = forward(x, params, options, stats, True, keep)
+        _, saved, _, hidden = MLP.forward(x, params, options, stats, True, keep)
     with counted() as back:
-        backward(dz, x, saved, hidden, params, options)
+        MLP.backward(dz, x, saved, hidden, params, options)
     return x, params, ahead, back
 
 

@@ -74,24 +74,6 @@ std::tuple<Tensor, Tensor> group_norm_forward(const Tensor& x, const OptionalTen
   return {y, saved};
 }
 
-// dy as the kernels read it, beside x.
-Tensor gradient(const char* op, const Tensor& dy, const Tensor& x, const Tensor& dense_x) {
-  TORCH_CHECK_VALUE(dy.sizes() == x.sizes(), op, ": dy has shape ", dy.sizes(),
-                    "; it has to be that of x, ", x.sizes(), ".");
-  check_device(op, "dy", dy, x);
-  return cuda::dense(dy.to(x.scalar_type()), dense_x.suggest_memory_format());
-}
-
-Tensor moments(const char* op, const Tensor& saved, const Tensor& x) {
-  TORCH_CHECK_VALUE(saved.dim() == 3 && saved.size(0) == x.size(0) && saved.size(2) == 2, op,
-                    ": saved has shape ", saved.sizes(), "; it has to be (", x.size(0),
-                    ", G, 2), what the forward returned.");
-  TORCH_CHECK_TYPE(saved.scalar_type() == at::kFloat, op, ": saved is ", saved.scalar_type(),
-                   "; it has to be float32.");
-  check_device(op, "saved", saved, x);
-  return saved.contiguous();
-}
-
 std::tuple<Tensor, Tensor, Tensor> pool_mixer_backward(
     const Tensor& dy, const Tensor& x, const Tensor& saved, const OptionalTensor& norm_weight,
     const OptionalTensor& layer_scale, const OptionalTensor& drop_path, int64_t pool_size) {
@@ -104,7 +86,8 @@ std::tuple<Tensor, Tensor, Tensor> pool_mixer_backward(
   check_factor(op, "drop_path", drop_path, x);
 
   const Input in(x, num_groups);
-  const Tensor mean_rstd = moments(op, saved, x), g = gradient(op, dy, x, in.x);
+  const Tensor mean_rstd = cuda::moments(op, saved, x);
+  const Tensor g = cuda::gradient(op, "dy", dy, x, in.x);
   cuda::PoolMixerBackwardArgs args{in.image};
   args.tiling = cuda::choose_tiling(in.image);
   args.reduction = cuda::choose_row_reduction(in.image);
@@ -134,7 +117,8 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_backward(const Tensor& dy, const T
   check_parameter(op, "weight", weight, {x.size(1)}, x);
 
   const Input in(x, num_groups);
-  const Tensor mean_rstd = moments(op, saved, x), g = gradient(op, dy, x, in.x);
+  const Tensor mean_rstd = cuda::moments(op, saved, x);
+  const Tensor g = cuda::gradient(op, "dy", dy, x, in.x);
   cuda::GroupNormBackwardArgs args{in.image};
   args.reduction = cuda::choose_pixel_reduction(in.image);
   Tensor dx = in.like_x(), dweight = at::empty({x.size(1)}, x.options()),

@@ -71,4 +71,50 @@ cudaError_t mlp_forward(const MlpForward& arguments, cudaStream_t stream);
 int64_t mlp_fused_partials(int64_t rows);
 cudaError_t mlp_fused_forward(const MlpForward& arguments, cudaStream_t stream);
 
+// `saved` from `stats`, of each image and group.
+cudaError_t mlp_merge_saved(const MlpForward& arguments, cudaStream_t stream);
+
+// As Vector, to be written.
+struct Gradient {
+  void* data;
+  Dtype dtype;
+};
+
+// How the sums over all rows are shared out: `blocks` blocks of rows, `a_part` of them to a part.
+struct MlpSplit {
+  int blocks, a_part, parts;
+};
+
+struct MlpBackward {
+  MlpShape shape;
+  MlpParameters parameters;
+  const void *dz, *x;
+  const float* saved;         // (B, G, 2): mean and 1 / std of x
+  const void* hidden;         // (B rows, hidden) in product_dtype, or null: recomputed from x
+  void *activated, *dhidden;  // (B rows, mlp_hidden_stride) in product_dtype
+  float* folded;              // (2, hidden), or null with several groups
+  float* norm_sums;           // (B, norm_parts, 2), or null with several groups
+  int norm_parts;             // mlp_norm_parts
+  MlpSplit split;
+  float* products;      // (parts, 2, C, hidden)
+  float* unit_sums;     // (parts, hidden)
+  float* channel_sums;  // (parts, C)
+  float* vector_parts;  // (mlp_vector_parts, 3, C)
+  void* dx;
+  Gradient norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale;
+};
+
+int mlp_norm_parts(const MlpShape& shape);
+int64_t mlp_vector_parts(int64_t hidden);
+MlpSplit mlp_split(const MlpShape& shape);
+
+// dx, and activated and dhidden of which mlp_weight_gradients makes the other gradients.
+cudaError_t mlp_input_gradient(const MlpBackward& arguments, cudaStream_t stream);
+cudaError_t mlp_weight_gradients(const MlpBackward& arguments, cudaStream_t stream);
+
+// Steps of these two: `folded`; dx from gamma dn, with several groups; all gradients from parts.
+cudaError_t mlp_fold(const MlpBackward& arguments, cudaStream_t stream);
+cudaError_t mlp_norm_gradient(const MlpBackward& arguments, cudaStream_t stream);
+cudaError_t mlp_sum_parts(const MlpBackward& arguments, cudaStream_t stream);
+
 }  // namespace poolformer::cuda

@@ -4,43 +4,13 @@
 // A block makes a tile of the result. Operands lie in shared memory by blocks of 64 bytes of the
 // summed dimension, in a ring of stages. Weights and the hidden are copied asynchronously; x goes
 // through registers, where it is normed.
-#include <algorithm>
-#include <type_traits>
-
 #include "activations.cuh"
-#include "mlp_tile.cuh"
+#include "mlp_products.cuh"
 #include "moments.cuh"
-#include "products.cuh"
 
 namespace poolformer::cuda {
 namespace mlp {
 namespace {
-
-constexpr int kMostChannels = 2048;  // whose norm fits in shared memory beside the stages
-
-// Rows and columns of a tile, both.
-int tile_size(int64_t rows, int64_t columns, int64_t product_bytes) {
-  return product_bytes == 2 && rows > 64 && columns % 128 == 0 ? 128 : 64;
-}
-
-int64_t tiles_of(int64_t rows, int64_t columns, int tile) {
-  return ((rows - 1) / tile + 1) * ((columns - 1) / tile + 1);
-}
-
-// What block `blockIdx.x` makes: tiles of columns first, so that blocks at a time share rows.
-struct Place {
-  int64_t image;
-  int tile, row, column;  // tile: of the image
-
-  __device__ Place(int rows, int columns, int size) {
-    const int column_tiles = (columns - 1) / size + 1,
-              tiles = ((rows - 1) / size + 1) * column_tiles;
-    image = blockIdx.x / tiles;
-    tile = blockIdx.x % tiles;
-    row = tile / column_tiles * size;
-    column = tile % column_tiles * size;
-  }
-};
 
 // activated = act(h), h = GN(x) W1^T + b1. Grid: B times the tiles of an image.
 template <class M, int kSize>
@@ -82,48 +52,22 @@ __global__ void __launch_bounds__(threads_of(kSize))
   }
   __syncthreads();
 
-  // Runs of x, along whichever of rows and channels lie side by side.
-  constexpr int kRuns = kSize * kDepth<T> / 8 / kThreads;
-  Raw raw[kRuns];
-  const auto run_of = [&](int i) {
-    const int index = threadIdx.x + i * kThreads;
-    constexpr int kAcross = kDepth<T> / 8;
-    return s.channels_last ? Run{index / kAcross, index % kAcross * 8}
-                           : Run{index / kDepth<T> * 8, index % kDepth<T>};
-  };
-  const auto fetch = [&](int block) {
-#pragma unroll
-    for (int i = 0; i < kRuns; ++i) {
-      const Run run = run_of(i);
-      const int row = place.row + run.row, channel = block * kDepth<T> + run.column;
-      raw[i] = pixels.fetch(x, row, channel, pixels.count(row, channel));
-    }
-  };
+  PixelRuns<T, kSize, kDepth<T>, kThreads> runs(pixels);
+  const auto fetch = [&](int block) { runs.fetch(x, place.row, block * kDepth<T>); };
   const auto deposit = [&](int block, uint4* to) {
-#pragma unroll
-    for (int i = 0; i < kRuns; ++i) {
-      const Run run = run_of(i);
-      const int first = block * kDepth<T> + run.column;
-      const int count = pixels.count(place.row + run.row, first);
-      Eight e = expand<T>(raw[i], pixels.is_float);
-#pragma unroll
-      for (int k = 0; k < 8; ++k) {
-        if (k < count) {
-          const int channel = s.channels_last ? first + k : first;
-          e.v[k] = fmaf(e.v[k] - table[channel], table[s.channels + channel],
-                        table[2 * s.channels + channel]);
-        }
-      }
-      Products::store_run(to, run, e, s.channels_last);
-    }
+    runs.template deposit<typename Products::A>(
+        Products::a_of(to), place.row, block * kDepth<T>, [&](float value, int channel, int) {
+          return fmaf(value - table[channel], table[s.channels + channel],
+                      table[2 * s.channels + channel]);
+        });
   };
-  const int blocks = (s.channels - 1) / kDepth<T> + 1;
-  Products products;
   const auto copy = [&](int block, uint4* to) {
-    load_tile<T, kSize, 4>(to, static_cast<const T*>(p.fc1_weight), place.column, block * kDepth<T>,
-                           s.hidden, s.channels, s.channels);
+    Products::B::copy(Products::b_of(to), static_cast<const T*>(p.fc1_weight), place.column,
+                      block * kDepth<T>, s.hidden, s.channels, s.channels);
   };
-  products.run(stages, blocks, fetch, deposit, copy);
+  const auto nothing = [](auto...) {};
+  Products products;
+  products.run(stages, (s.channels - 1) / kDepth<T> + 1, fetch, deposit, copy, nothing);
 
   const int stride = hidden_stride(s.hidden);
   const int64_t first_row = place.image * s.rows + place.row;
@@ -181,13 +125,13 @@ __global__ void __launch_bounds__(threads_of(kSize))
   Products products;
   const auto nothing = [](auto...) {};
   const auto copy = [&](int block, uint4* to) {
-    load_tile<T, kSize, 4>(to, static_cast<const T*>(p.fc2_weight), place.column, block * kDepth<T>,
-                           s.channels, s.hidden, s.hidden);
-    load_tile<T, kSize, 4>(to + Products::kOperand, activated, place.row, block * kDepth<T>, s.rows,
-                           stride, stride);
+    Products::B::copy(Products::b_of(to), static_cast<const T*>(p.fc2_weight), place.column,
+                      block * kDepth<T>, s.channels, s.hidden, s.hidden);
+    Products::A::copy(Products::a_of(to), activated, place.row, block * kDepth<T>, s.rows, stride,
+                      stride);
   };
   products.run(reinterpret_cast<uint4*>(shared), (s.hidden - 1) / kDepth<T> + 1, nothing, nothing,
-               copy);
+               copy, nothing);
 
   const Pixels<T> pixels(s);
   const void* x = pixels.image(a.x, place.image);
@@ -232,40 +176,6 @@ __global__ void __launch_bounds__(threads_of(kSize))
   }
 }
 
-// saved of each image and group. Grid: as many warps.
-__global__ void merge_kernel(const __grid_constant__ MlpForward a) {
-  const int64_t i = blockIdx.x;
-  const float2 norm = merge_partials(a.stats + i * a.partials * 3, a.partials, a.eps, threadIdx.x);
-  if (threadIdx.x == 0) {
-    a.saved[2 * i] = norm.x;
-    a.saved[2 * i + 1] = norm.y;
-  }
-}
-
-// merged: (count, mean, M2) of each image and group. Grid: as many warps.
-__global__ void merge_moments_kernel(const float* stats, int partials, float* merged) {
-  const int64_t i = blockIdx.x;
-  stats += i * partials * 3;
-  Moments own;
-  for (int part = threadIdx.x; part < partials; part += kWarp) {
-    own.merge({stats[3 * part], stats[3 * part + 1], stats[3 * part + 2]});
-  }
-  own = merge_lanes(own);
-  if (threadIdx.x == 0) store_merged(merged + 3 * i, &own, 1);
-}
-
-template <class Kernel>
-cudaError_t launch(Kernel kernel, int64_t blocks, int threads, int bytes, const MlpForward& a,
-                   cudaStream_t stream) {
-  if (cudaError_t e =
-          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-      e != cudaSuccess) {
-    return e;
-  }
-  kernel<<<static_cast<unsigned>(blocks), threads, bytes, stream>>>(a);
-  return cudaGetLastError();
-}
-
 template <class M, int kSize>
 cudaError_t launch_hidden(const MlpForward& a, cudaStream_t stream) {
   const MlpShape& s = a.shape;
@@ -281,27 +191,6 @@ cudaError_t launch_residual(const MlpForward& a, cudaStream_t stream) {
                 threads_of(kSize), TileProducts<M, kSize>::kBytes, a, stream);
 }
 
-template <class M>
-cudaError_t launch_products(const MlpForward& a, cudaStream_t stream) {
-  const MlpShape& s = a.shape;
-  constexpr int kProductBytes = sizeof(Element<M>);
-  const auto chosen = [&](int columns, auto large, auto small) {
-    return tile_size(s.rows, columns, kProductBytes) == 128 ? large(a, stream) : small(a, stream);
-  };
-  if (s.groups > 1) {
-    merge_kernel<<<static_cast<unsigned>(s.batch * s.groups), kWarp, 0, stream>>>(a);
-    if (cudaError_t e = cudaGetLastError(); e != cudaSuccess) return e;
-  }
-  if constexpr (kProductBytes == 4) {
-    if (cudaError_t e = launch_hidden<M, 64>(a, stream); e != cudaSuccess) return e;
-    return launch_residual<M, 64>(a, stream);
-  } else {
-    cudaError_t e = chosen(s.hidden, launch_hidden<M, 128>, launch_hidden<M, 64>);
-    if (e != cudaSuccess) return e;
-    return chosen(s.channels, launch_residual<M, 128>, launch_residual<M, 64>);
-  }
-}
-
 }  // namespace
 }  // namespace mlp
 
@@ -315,21 +204,24 @@ int64_t mlp_partials(int64_t rows, int64_t channels, int64_t groups, int64_t pro
   return mlp::tiles_of(rows, channels, mlp::tile_size(rows, channels, product_bytes));
 }
 
-cudaError_t mlp_merge_statistics(const float* stats, int partials, int64_t image_groups,
-                                 float* merged, cudaStream_t stream) {
-  mlp::merge_moments_kernel<<<static_cast<unsigned>(image_groups), kWarp, 0, stream>>>(
-      stats, partials, merged);
-  return cudaGetLastError();
-}
-
 cudaError_t mlp_forward(const MlpForward& a, cudaStream_t stream) {
   const MlpShape& s = a.shape;
-  const bool is_float = s.product_dtype == Dtype::kFloat32;
-  if (mlp_is_fused(s.channels, s.groups, is_float ? 4 : 2)) return mlp_fused_forward(a, stream);
-  if (is_float && s.tf32) return mlp::launch_products<mlp::Tf32>(a, stream);
-  if (is_float) return mlp::launch_products<float>(a, stream);
-  return s.product_dtype == Dtype::kBFloat16 ? mlp::launch_products<__nv_bfloat16>(a, stream)
-                                             : mlp::launch_products<__half>(a, stream);
+  if (mlp_is_fused(s.channels, s.groups, s.product_dtype == Dtype::kFloat32 ? 4 : 2)) {
+    return mlp_fused_forward(a, stream);
+  }
+  if (s.groups > 1) {
+    if (cudaError_t e = mlp_merge_saved(a, stream); e != cudaSuccess) return e;
+  }
+  return mlp::with_products(s, [&](auto kind) {
+    using M = decltype(kind);
+    cudaError_t e = mlp::with_tile_size<M>(mlp::tile_of(s, s.hidden), [&](auto size) {
+      return mlp::launch_hidden<M, size()>(a, stream);
+    });
+    if (e != cudaSuccess) return e;
+    return mlp::with_tile_size<M>(mlp::tile_of(s, s.channels), [&](auto size) {
+      return mlp::launch_residual<M, size()>(a, stream);
+    });
+  });
 }
 
 }  // namespace poolformer::cuda

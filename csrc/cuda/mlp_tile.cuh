@@ -14,6 +14,23 @@ __device__ __forceinline__ float load(const Vector& v, int64_t index, float none
   return v.dtype == Dtype::kBFloat16 ? unpack<__nv_bfloat16>(bits).x : unpack<__half>(bits).x;
 }
 
+// As load, of what the same kernel writes; not for a missing one.
+__device__ __forceinline__ float read(const Gradient& v, int64_t index) {
+  if (v.dtype == Dtype::kFloat32) return static_cast<const float*>(v.data)[index];
+  const uint32_t bits = static_cast<const unsigned short*>(v.data)[index];
+  return v.dtype == Dtype::kBFloat16 ? unpack<__nv_bfloat16>(bits).x : unpack<__half>(bits).x;
+}
+
+__device__ __forceinline__ void store(const Gradient& v, int64_t index, float value) {
+  if (v.dtype == Dtype::kFloat32) {
+    static_cast<float*>(v.data)[index] = value;
+    return;
+  }
+  const uint32_t bits =
+      v.dtype == Dtype::kBFloat16 ? pack<__nv_bfloat16>(value, 0.f) : pack<__half>(value, 0.f);
+  static_cast<unsigned short*>(v.data)[index] = static_cast<unsigned short>(bits);
+}
+
 // A run of eight elements that lie side by side, in float32; zeros where there are fewer.
 struct Eight {
   float v[8];
@@ -175,7 +192,7 @@ struct Pixels {
 
 // Rows of a matrix (rows, columns) in T with a `stride`, from (row, column) on: kRows of kUnits
 // units of 16 bytes, swizzled. Zeros beyond the matrix.
-template <class T, int kRows, int kUnits>
+template <class T, int kRows, int kUnits, int kSkew = 1>
 __device__ __forceinline__ void load_tile(uint4* to, const T* matrix, int row, int column, int rows,
                                           int columns, int stride) {
   constexpr int kElements = kUnitBytes / static_cast<int>(sizeof(T));
@@ -184,7 +201,7 @@ __device__ __forceinline__ void load_tile(uint4* to, const T* matrix, int row, i
     const int r = i / kUnits, u = i % kUnits, count = columns - column - u * kElements;
     const bool there = row + r < rows && count > 0;
     const T* from = matrix + static_cast<int64_t>(row + r) * stride + column + u * kElements;
-    uint4* unit = to + swizzled<kUnits>(r, u);
+    uint4* unit = to + swizzled<kUnits, kSkew>(r, u);
     if (stride % kElements == 0 && columns == stride) {
       copy_async(unit, there ? from : matrix, there);
     } else {
@@ -236,8 +253,8 @@ __device__ __forceinline__ void store_sums(float* piece, const float (*sums)[4],
   for (int j = 0; j < 4; ++j) {
     if (along_columns) {  // rows of 40, units of four exchanged in every other one
       const int at = row * 40 + ((8 * j + column) ^ (row % 2 * 4));
-      *reinterpret_cast<float2*>(piece + at) = make_float2(sums[j][0], sums[j][1]);
-      *reinterpret_cast<float2*>(piece + at + 320) = make_float2(sums[j][2], sums[j][3]);
+      store_pair(piece + at, sums[j][0], sums[j][1]);
+      store_pair(piece + at + 320, sums[j][2], sums[j][3]);
     } else {
       float* at = piece + (8 * j + column) * 20 + row;
       at[0] = sums[j][0];

@@ -33,12 +33,13 @@ __device__ __forceinline__ void wait_for_copies() {
 }
 
 // Where unit `unit` of row `row` lies, in units, in a tile of kUnits units a row. Eight rows of one
-// column of units, and eight units of one row, are in different banks.
-template <int kUnits>
+// column of units, and eight units of one row, are in different banks; with a kSkew of 2 so are
+// four rows of two units side by side.
+template <int kUnits, int kSkew = 1>
 __device__ __forceinline__ int swizzled(int row, int unit) {
-  static_assert(kUnits % 2 == 0);
+  static_assert(kUnits % 2 == 0 && (kSkew == 1 || kUnits % 8 == 0));
   constexpr int kShift = kUnits % 8 == 0 ? 0 : kUnits % 4 == 0 ? 1 : 2;
-  return row * kUnits + (unit ^ ((row >> kShift) & (7 >> kShift)));
+  return row * kUnits + (unit ^ ((row * kSkew >> kShift) & (7 >> kShift)));
 }
 
 // Four 8 x 8 matrices of 16-bit elements. Lane 8 i + j gives the address of row j of matrix i, and
@@ -82,6 +83,12 @@ __device__ __forceinline__ void multiply<__half>(float (&d)[4], const uint32_t (
       "{%8, %9}, {%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// To shared memory in one access, which the compiler makes two of now and then.
+__device__ __forceinline__ void store_pair(float* to, float first, float second) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(shared_address(to)), "f"(first), "f"(second)
+               : "memory");
 }
 
 // Two values rounded to T, the first in the low half.

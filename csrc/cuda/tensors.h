@@ -99,6 +99,26 @@ inline Tensor statistics_of(const char* op, const Input& in, const OptionalTenso
   return result;
 }
 
+// The gradient of x's shape as the kernels read it, beside x.
+inline Tensor gradient(const char* op, const char* name, const Tensor& dy, const Tensor& x,
+                       const Tensor& dense_x) {
+  TORCH_CHECK_VALUE(dy.sizes() == x.sizes(), op, ": ", name, " has shape ", dy.sizes(),
+                    "; it has to be that of x, ", x.sizes(), ".");
+  check_device(op, name, dy, x);
+  return dense(dy.to(x.scalar_type()), dense_x.suggest_memory_format());
+}
+
+// saved as the kernels read it: (B, G, 2).
+inline Tensor moments(const char* op, const Tensor& saved, const Tensor& x) {
+  TORCH_CHECK_VALUE(saved.dim() == 3 && saved.size(0) == x.size(0) && saved.size(2) == 2, op,
+                    ": saved has shape ", saved.sizes(), "; it has to be (", x.size(0),
+                    ", G, 2), what the forward returned.");
+  TORCH_CHECK_TYPE(saved.scalar_type() == at::kFloat, op, ": saved is ", saved.scalar_type(),
+                   "; it has to be float32.");
+  check_device(op, "saved", saved, x);
+  return saved.contiguous();
+}
+
 // Windows that reach over the image on all sides are all the same.
 inline int window_radius(const Image& image, int64_t pool_size) {
   const int64_t most = std::max(image.height, image.width);
