@@ -27,10 +27,7 @@ from triton.runtime.jit import JITFunction
 
 from . import targets
 
-
-TARGETS = {
-    name: targets.TARGETS[name] for name in ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
-}
+TARGETS = {name: targets.TARGETS[name] for name in ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")}
 POINTERS = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",

@@ -163,7 +163,9 @@ def instructions(sass: str) -> dict[str, Counter[str]]:
 def bounds(elf: str) -> dict[str, int]:
     """Threads of a block at most, by mangled name, where the code says it."""
     found = {}
-    for name, info in re.findall(r"^\.nv\.info\.(\S+)(.*?)(?=^\.\w)", elf, re.DOTALL | re.MULTILINE):
+    for name, info in re.findall(
+        r"^\.nv\.info\.(\S+)(.*?)(?=^\.\w)", elf, re.DOTALL | re.MULTILINE
+    ):
         threads = re.search(r"EIATTR_MAX_THREADS\s.*?Value:\s+(\w+) (\w+) (\w+)", info, re.DOTALL)
         if threads:
             sizes = [int(size, 0) for size in threads.groups()]

@@ -2,6 +2,7 @@
 
     python -m benchmarks.traffic                      # S12 and M36, bfloat16, batch 1
     python -m benchmarks.traffic --dtypes float32 --layouts nchw --variants s12
+    python -m benchmarks.traffic --show               # what is in the CSV, CUDA C++ beside Triton
 
 Runs on a simulated GPU only, and says so elsewhere. Writes benchmarks/results/traffic.csv and a
 chart beside it. A pass of S is as many bytes as x has; `passes` counts activations, the parameters,
@@ -18,7 +19,7 @@ import argparse
 import importlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
@@ -31,12 +32,13 @@ from torch import Tensor, nn
 from poolformer_kernels import PoolFormerConfig, modules
 from poolformer_kernels.models.poolformer.modeling import PoolFormerEncoder
 from poolformer_kernels.modules import PoolFormerBlock
+from poolformer_kernels.ops import _common
 
 from . import counting, plots
 from .counting import Counts
 from .op_cases import DTYPES, LAYOUTS, make_arguments, stage_shapes
 from .plans import PLANS, Plan
-from .report import RESULTS, environment, table, write_csv
+from .report import RESULTS, environment, read_csv, table, write_csv
 
 FORWARD, GIVEN, BACKWARD = "forward", "forward, statistics given", "backward"
 OPS = dict.fromkeys(("pool_mixer", "mlp", "group_norm", "block"), (FORWARD, GIVEN, BACKWARD))
@@ -139,9 +141,7 @@ def statistics_like(setting: Setting, x: Tensor) -> Tensor | None:
     if setting.direction != GIVEN or setting.plan.backend == "torch":
         return None
     producer = "mlp" if setting.op in ("pool_mixer", "block") else "pool_mixer"
-    kernels = importlib.import_module(f"poolformer_kernels.kernels.{producer}")
-    partials = kernels.stats_partials(x.shape, 1, setting.layout == "nhwc", x.dtype)
-    return torch.ones((x.shape[0], 1, partials, 3), device="cuda")
+    return torch.ones_like(_common.fake_stats(producer, x, 1, True, setting.plan.backend))
 
 
 def measure(setting: Setting) -> Counts:
@@ -208,6 +208,20 @@ def row_of(setting: Setting) -> dict[str, Any]:
     }
 
 
+def side_by_side(rows: Iterable[dict[str, Any]]) -> str:
+    """Passes and launches of CUDA C++ and Triton, a line for each op, shape and direction."""
+    keys = ("op", "variant", "stage", "direction", "shape", "dtype", "layout")
+    lines: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in rows:
+        line = lines.setdefault(tuple(row[key] for key in keys), {key: row[key] for key in keys})
+        line |= {f"{name} of {row['contender']}": row[name] for name in ("passes", "launches")}
+    columns = {key: f"{key}|<" for key in ("op", "direction", "shape", "dtype", "layout")}
+    for contender in ("cuda", "triton", "torch"):
+        columns[f"passes of {contender}"] = f"{contender} passes|.2f"
+        columns[f"launches of {contender}"] = f"{contender} launches|.0f"
+    return table(sorted(lines.values(), key=lambda line: [*OPS].index(line["op"])), columns)
+
+
 def grid(options: argparse.Namespace) -> Iterator[tuple[dict[str, Any], Setting]]:
     """(labels, setting) of every cell: s24 and s36 have the shapes of s12."""
     for variant, dtype, layout in product(options.variants, options.dtypes, options.layouts):
@@ -234,6 +248,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--image-size", type=int, default=224, help="smaller is quicker to simulate"
     )
+    parser.add_argument("--show", action="store_true", help="count nothing, print what was counted")
     return parser.parse_args(arguments)
 
 
@@ -251,6 +266,9 @@ def versions() -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parse(arguments)
+    if options.show:
+        print(side_by_side(read_csv(options.out / "traffic.csv")))
+        return 0
     if (reason := counting.why_not()) is not None:
         print(reason, file=sys.stderr)
         return 2
@@ -261,6 +279,7 @@ def main(arguments: list[str] | None = None) -> int:
         rows.append({**labels, **row_of(setting)})
         print(table(rows[-1:], COLUMNS, header=len(rows) == 1), flush=True)
     path = write_csv(options.out / "traffic.csv", rows, versions())
+    print(side_by_side(rows))
     print(f"wrote {path} and {plots.plot_traffic(path)}")
     return 0
 

@@ -60,7 +60,7 @@ def faults(row: Row) -> list[str]:
         found.append(f"{row.registers} registers, more than {most}")
     if shared > limit or row.static_shared > MOST_STATIC_SHARED:
         found.append(f"{shared} bytes of shared memory of {limit}, {row.static_shared} static")
-    if not 0 < row.occupancy <= 1 or row.bound and row.threads > row.bound:
+    if not 0 < row.occupancy <= 1 or (row.bound and row.threads > row.bound):
         found.append(f"{row.threads} threads of {row.bound}, occupancy {row.occupancy}")
     return found
 
@@ -210,9 +210,13 @@ def test_occupancy_is_that_of_the_emptiest_launch(table) -> None:
     more = replace(launch, shared=100 << 10)
     row = replace(row, registers=64)
     assert cuda_resources.launched(row, [launch]).occupancy == 5 * 4 / 64
-    chosen = cuda_resources.launched(row, [launch, more, replace(more, target="sm_120", threads=32)])
+    chosen = cuda_resources.launched(
+        row, [launch, more, replace(more, target="sm_120", threads=32)]
+    )
     assert (chosen.threads, chosen.dynamic_shared, chosen.occupancy) == (128, 100 << 10, 8 / 64)
-    small = cuda_resources.launched(replace(row, target="sm_86"), [replace(launch, target="sm_120")])
+    small = cuda_resources.launched(
+        replace(row, target="sm_86"), [replace(launch, target="sm_120")]
+    )
     assert small.occupancy == 2 * 4 / 48
     assert cuda_resources.launched(row, []).threads == row.bound
 
@@ -226,7 +230,9 @@ def test_the_smallest_file_is_what_the_compiler_says(table) -> None:
     if rows[0].nvcc != tools[1]:
         pytest.skip(f"the table is nvcc {rows[0].nvcc}'s, and this is {tools[1]}")
     launches = cuda_launches.read_launches()
-    found = [cuda_resources.launched(row, launches) for row in cuda_resources.compiled(source, "sm_90")]
+    found = [
+        cuda_resources.launched(row, launches) for row in cuda_resources.compiled(source, "sm_90")
+    ]
     assert sorted(found, key=lambda row: row.key) == rows
 
 
@@ -256,7 +262,9 @@ def test_the_missing_compiler_is_named(monkeypatch) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(counting.why_not() is not None, reason="only the simulated GPU records launches")
+@pytest.mark.skipif(
+    counting.why_not() is not None, reason="only the simulated GPU records launches"
+)
 def test_launches_are_those_recorded(run_python, tmp_path: Path) -> None:
     path = tmp_path / "launches.csv"
     done = run_python("-m", "benchmarks.cuda_launches", "--quick", "--out", str(path))
