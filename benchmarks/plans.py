@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
-
-import torch
-from torch import Tensor
 
 from poolformer_kernels import backends, modules, ops, use_backend
 
@@ -18,31 +15,30 @@ from poolformer_kernels import backends, modules, ops, use_backend
 class Plan:
     """A backend, and whether the MLP keeps its hidden for the backward or computes it again.
 
-    otherwise: what runs the MLP where the backend cannot.
+    otherwise: what runs the calls that the backend cannot.
     """
 
     backend: str
     save_hidden: bool = False
     otherwise: str | None = None
 
-    def of_mlp(self, x: Tensor, act: str) -> str:
-        """The backend of a call of the MLP."""
-        if self.otherwise is None:
-            return self.backend
-        call = backends.Call("mlp", x.device.type, x.dtype, act, torch.is_grad_enabled())
-        return self.backend if backends.BACKENDS[self.backend](call) is None else self.otherwise
-
     @contextmanager
     def chosen(self) -> Iterator[None]:
         """In this context the ops in `poolformer_kernels.modules`, and so blocks, follow it."""
+        choose = backends._choose
 
-        def mlp(x: Tensor, *args: Any, **options: Any) -> Any:
-            options["save_hidden"] = self.save_hidden
-            options["backend"] = self.of_mlp(x, options.get("act", "gelu"))
-            return ops.mlp(x, *args, **options)
+        def mlp(*args: Any, **options: Any) -> Any:
+            return ops.mlp(*args, **{**options, "save_hidden": self.save_hidden})
 
-        chosen = mock.patch.object(modules, "mlp", mlp)
-        with use_backend(self.backend), chosen:
+        def choose_possible(name: str, call: backends.Call) -> str:
+            possible = name == "auto" or backends.BACKENDS[name](call) is None
+            return choose(name if possible else self.otherwise or name, call)
+
+        with ExitStack() as stack:
+            stack.enter_context(mock.patch.object(modules, "mlp", mlp))
+            stack.enter_context(mock.patch.object(backends, "_choose", choose_possible))
+            stack.enter_context(mock.patch.dict(backends._resolved, clear=True))
+            stack.enter_context(use_backend(self.backend))
             yield
 
 

@@ -19,7 +19,7 @@ from cases import Case
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
-from poolformer_kernels import _extension, reference
+from poolformer_kernels import _extension, backends, reference
 from poolformer_kernels.ops import _common
 
 EPS = 1e-5
@@ -38,6 +38,13 @@ INTERPRETED = [
     Case((1, 3, 3, 4), pool_size=5, affine=False, mean=10.0),
     Case((0, 16, 4, 4)),
 ]
+
+
+def trains(op: str, backend: str, dtype: torch.dtype = torch.float32) -> bool:
+    """Whether `backend` has the gradients of `op` on GPUs."""
+    act = "gelu" if op == "mlp" else None
+    call = backends.Call(op, "cuda", dtype, act, grad=True)
+    return backends.BACKENDS[backend](call) is None
 
 
 def on(device: str, *tensors: Any) -> list[Any]:

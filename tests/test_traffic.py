@@ -144,17 +144,22 @@ def test_a_plan_that_keeps_the_hidden_asks_the_mlp_to(monkeypatch: pytest.Monkey
     assert [options["save_hidden"] for options in asked] == [False, True]
 
 
-def test_the_plan_of_cuda_takes_what_runs_the_mlp(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, plan = torch.randn(1, 8, 4, 4), PLANS["cuda"]
-    for reason, chosen in ((None, "cuda"), ("it has no backward", "triton")):
-        monkeypatch.setitem(backends.BACKENDS, "cuda", lambda call, why=reason: why)
-        assert plan.of_mlp(x, "gelu") == chosen
-    asked: list[backends.Call] = []
-    monkeypatch.setitem(backends.BACKENDS, "cuda", asked.append)
-    with torch.no_grad():
-        plan.of_mlp(x, "relu")
-    assert asked == [backends.Call("mlp", "cpu", x.dtype, "relu", grad=False)]
-    assert PLANS["triton"].of_mlp(x, "gelu") == "triton"
+def test_a_plan_takes_another_backend_for_what_its_own_cannot(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def no_gradients(call: backends.Call) -> str | None:
+        return "it has no gradients" if call.grad else None
+
+    def chosen(grad: bool) -> str:
+        return backends.resolve("mlp", "cpu", torch.float32, "relu", grad)
+
+    monkeypatch.setitem(backends.BACKENDS, "cuda", no_gradients)
+    with Plan("cuda", otherwise="torch").chosen():
+        assert [chosen(grad) for grad in (False, True)] == ["cuda", "torch"]
+    with Plan("cuda").chosen(), pytest.raises(backends.BackendUnavailable, match="no gradients"):
+        chosen(True)
+    assert PLANS["cuda"].otherwise == "triton"
+    assert not any(key[0] == "cuda" for key in backends._resolved)
 
 
 def test_cuda_is_shown_beside_triton(capsys: pytest.CaptureFixture[str]) -> None:
