@@ -228,7 +228,8 @@ def grid(options: argparse.Namespace) -> Iterator[tuple[dict[str, Any], Setting]
         shapes = stage_shapes(variant, options.batch, options.image_size)
         for stage in options.stages:
             labels = {"variant": variant, "stage": stage}
-            for op, (contender, plan) in product(options.ops, PLANS.items()):
+            for op, contender in product(options.ops, options.contenders):
+                plan = PLANS[contender]
                 if plan.save_hidden and op not in KEEPS_HIDDEN:
                     continue
                 for direction in OPS[op]:
@@ -242,6 +243,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--ops", nargs="+", default=list(OPS), choices=OPS)
     parser.add_argument("--variants", nargs="+", default=["s12", "m36"], choices=["s12", "m36"])
     parser.add_argument("--stages", nargs="+", type=int, default=[1, 2, 3, 4], choices=range(1, 5))
+    parser.add_argument("--contenders", nargs="+", default=list(PLANS), choices=PLANS)
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=list(DTYPES)[:3])
     parser.add_argument("--layouts", nargs="+", default=["nhwc"], choices=LAYOUTS)
     parser.add_argument("--batch", type=int, default=1)

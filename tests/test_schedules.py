@@ -31,9 +31,7 @@ KINDS = [(FLOAT, "nchw"), (HALF, "channels_last"), (HALF, "nchw")]
 
 
 @pytest.mark.parametrize(("dtype", "layout"), KINDS, ids=str)
-@pytest.mark.parametrize(
-    ("op", "case"), [(op, case) for op in OPS for case in CASES[op]], ids=str
-)
+@pytest.mark.parametrize(("op", "case"), [(op, case) for op in OPS for case in CASES[op]], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_any_order_gives_the_right_result(
     backend: str, op: str, case: Case, layout: str, dtype: torch.dtype

@@ -133,6 +133,36 @@ __device__ __forceinline__ void load_parameter(const void* parameter, int channe
   }
 }
 
+// The parameter of each of V pixels that lie side by side in NCHW, from `at` on.
+template <class T, int V>
+__device__ __forceinline__ void load_of_pixels(const void* parameter, const Image& image,
+                                               int first_channel, SpanPlace at, float missing,
+                                               float (&values)[V]) {
+  float current[1];
+  load_parameter<T>(parameter, first_channel + at.channel, missing, current);
+#pragma unroll
+  for (int i = 0; i < V; ++i) {
+    if (at.pixel == image.pixels()) {
+      at.pixel = 0;
+      load_parameter<T>(parameter, first_channel + ++at.channel, missing, current);
+    }
+    values[i] = current[0];
+    ++at.pixel;
+  }
+}
+
+// The parameter of each element of a vector of a span.
+template <class T, int V>
+__device__ __forceinline__ void load_of_span(const void* parameter, const Image& image,
+                                             int first_channel, SpanPlace at, float missing,
+                                             float (&values)[V]) {
+  if (image.channels_last) {
+    load_parameter<T>(parameter, first_channel + at.channel, missing, values);
+  } else {
+    load_of_pixels<T>(parameter, image, first_channel, at, missing, values);
+  }
+}
+
 template <class T>
 __device__ __forceinline__ float image_factor(const Parameters& p, int64_t image) {
   if (p.drop_path == nullptr) return 1.f;
