@@ -209,16 +209,23 @@ def row_of(setting: Setting) -> dict[str, Any]:
 
 
 def side_by_side(rows: Iterable[dict[str, Any]]) -> str:
-    """Passes and launches of CUDA C++ and Triton, a line for each op, shape and direction."""
+    """Launches and passes of CUDA C++ and Triton, a line for each op, shape and direction.
+
+    In all: with parameters, their gradients and partial sums, in units of S as passes are.
+    """
     keys = ("op", "variant", "stage", "direction", "shape", "dtype", "layout")
     lines: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in rows:
         line = lines.setdefault(tuple(row[key] for key in keys), {key: row[key] for key in keys})
-        line |= {f"{name} of {row['contender']}": row[name] for name in ("passes", "launches")}
+        in_all = row["passes"] * (1 + row["parameter_bytes"] / row["activation_bytes"])
+        counted = {"launches": row["launches"], "passes": row["passes"], "in all": in_all}
+        line |= {f"{row['contender']} {name}": value for name, value in counted.items()}
     columns = {key: f"{key}|<" for key in ("op", "direction", "shape", "dtype", "layout")}
     for contender in ("cuda", "triton", "torch"):
-        columns[f"passes of {contender}"] = f"{contender} passes|.2f"
-        columns[f"launches of {contender}"] = f"{contender} launches|.0f"
+        columns[f"{contender} launches"] = f"{contender} launches|.0f"
+        columns |= {
+            f"{contender} {name}": f"{contender} {name}|.2f" for name in ("passes", "in all")
+        }
     return table(sorted(lines.values(), key=lambda line: [*OPS].index(line["op"])), columns)
 
 
