@@ -25,52 +25,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from . import targets
 
-@dataclass(frozen=True)
-class Target:
-    """A GPU: what Triton compiles for, and what a block and a multiprocessor may have.
-
-    shared: bytes a block may have; shared_all: bytes of a multiprocessor, of which each block also
-    takes `reserved`. warps, blocks: resident at once. registers: those of a multiprocessor, in
-    `parts` files, each given out in units of `granule` registers a thread.
-    """
-
-    gpu: GPUTarget
-    shared: int
-    shared_all: int
-    reserved: int
-    warps: int
-    blocks: int
-    registers: int = 65536
-    parts: int = 4
-    granule: int = 8
-
-    def occupancy(self, warps: int, registers: int, shared: int, tensor_columns: int = 0) -> float:
-        """Resident warps ÷ the most there can be, for blocks of so many warps and so on.
-
-        tensor_columns: of the 512 of sm_100's tensor memory.
-        """
-        a_thread = max(self.granule, -(-registers // self.granule) * self.granule)
-        by_registers = self.registers // self.parts // (a_thread * self.gpu.warp_size) * self.parts
-        blocks = [
-            self.blocks,
-            self.warps // warps,
-            by_registers // warps,
-            self.shared_all // (shared + self.reserved) if shared + self.reserved else self.blocks,
-            512 // tensor_columns if tensor_columns else self.blocks,
-        ]
-        return min(blocks) * warps / self.warps
-
-
-# Sources: the CUDA programming guide's table of compute capabilities; AMD's CDNA3 ISA guide (a
-# compute unit has four SIMDs of 512 registers in each of 64 lanes, eight waves each).
-TARGETS = {
-    "sm_80": Target(GPUTarget("cuda", 80, 32), 163 << 10, 164 << 10, 1024, 64, 32),
-    "sm_90": Target(GPUTarget("cuda", 90, 32), 227 << 10, 228 << 10, 1024, 64, 32),
-    "sm_100": Target(GPUTarget("cuda", 100, 32), 227 << 10, 228 << 10, 1024, 64, 32),
-    "sm_120": Target(GPUTarget("cuda", 120, 32), 99 << 10, 100 << 10, 1024, 48, 24),
-    "gfx942": Target(GPUTarget("hip", "gfx942", 64), 64 << 10, 64 << 10, 0, 32, 16, 131072),
-}
+TARGETS = {name: targets.TARGETS[name] for name in ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")}
 POINTERS = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
@@ -251,8 +208,9 @@ def compiled(launch: Launch, target: str) -> Compiled:
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in launch.divisible_by_16},
     )
     gpu = TARGETS[target]
-    kernel = triton.compile(source, target=gpu.gpu, options=dict(launch.options))
-    if gpu.gpu.backend == "cuda":
+    compiler = GPUTarget(gpu.platform, gpu.arch, gpu.warp_size)
+    kernel = triton.compile(source, target=compiler, options=dict(launch.options))
+    if gpu.platform == "cuda":
         registers, stack = _resources(kernel.asm["cubin"])
         assembly = kernel.asm["ptx"]
     else:

@@ -101,8 +101,8 @@ def counts_of(rows: Iterable[dict[str, Any]], activations: Sequence[int]) -> Cou
     return total
 
 
-def count(run: Callable[[], object], activations: Sequence[int]) -> Counts:
-    """What `run` launches and moves. Needs SIMGPU_TRACE; see `run_traced`."""
+def traced(run: Callable[[], object]) -> list[dict[str, Any]]:
+    """The trace's rows of what `run` launches. Needs SIMGPU_TRACE; see `run_traced`."""
     path = Path(os.environ[TRACE])
     torch.cuda.synchronize()
     start = path.stat().st_size
@@ -110,4 +110,9 @@ def count(run: Callable[[], object], activations: Sequence[int]) -> Counts:
     torch.cuda.synchronize()
     with path.open(encoding="utf-8") as file:
         file.seek(start)
-        return counts_of(map(json.loads, file), activations)
+        return [json.loads(line) for line in file]
+
+
+def count(run: Callable[[], object], activations: Sequence[int]) -> Counts:
+    """What `run` launches and moves."""
+    return counts_of(traced(run), activations)

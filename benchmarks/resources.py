@@ -12,13 +12,11 @@ it is specialised, and Triton's version stay. tests/test_resources.py holds the 
 from __future__ import annotations
 
 import argparse
-import csv
 import hashlib
 import multiprocessing
-import os
 import sys
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
@@ -31,6 +29,7 @@ from poolformer_kernels.kernels import architecture, group_norm, mlp, pool_mixer
 from .ahead_of_time import TARGETS, Launch, compiled, recorded, source_digest
 from .op_cases import DTYPES, LAYOUTS, stage_shapes
 from .report import RESULTS
+from .typed_csv import read_rows, write_rows
 
 TABLE = RESULTS / "resources.csv"
 BATCH = 256  # statistics of a whole batch are split as they are in training
@@ -90,10 +89,6 @@ class Row:
 
 # What only a compiler knows.
 TOLD = ("registers", "spilled", "shared", "occupancy", "matrix", "load_bytes", "store_bytes")
-COLUMNS = tuple(field.name for field in fields(Row))
-CONVERT: dict[str, Callable[[str], object]] = {
-    field.name: {"int": int, "float": float}.get(str(field.type), str) for field in fields(Row)
-}
 
 
 def call_on_meta(use: Use) -> list[Launch]:
@@ -189,22 +184,12 @@ def measured(row: Row, launch: Launch) -> Row:
 
 
 def read(path: Path = TABLE) -> dict[tuple[str, str], Row]:
-    if not path.exists():
-        return {}
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = [Row(**{k: CONVERT[k](v) for k, v in row.items()}) for row in csv.DictReader(file)]
-    return {row.key: row for row in rows}
+    return {row.key: row for row in read_rows(path, Row)}
 
 
-def write(rows: Iterable[Row], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    ordered = sorted(rows, key=lambda r: (r.kernel, r.target, r.op, r.dtype, r.layout, r.shape))
-    partial = path.with_suffix(".partial")
-    with partial.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in ordered)
-    os.replace(partial, path)
+def write(table: Iterable[Row], path: Path) -> None:
+    order = sorted(table, key=lambda r: (r.kernel, r.target, r.op, r.dtype, r.layout, r.shape))
+    write_rows(path, Row, order)
 
 
 def is_current(row: Row, known: Row | None) -> bool:

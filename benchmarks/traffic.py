@@ -2,6 +2,7 @@
 
     python -m benchmarks.traffic                      # S12 and M36, bfloat16, batch 1
     python -m benchmarks.traffic --dtypes float32 --layouts nchw --variants s12
+    python -m benchmarks.traffic --show               # what is in the CSV, CUDA C++ beside Triton
 
 Runs on a simulated GPU only, and says so elsewhere. Writes benchmarks/results/traffic.csv and a
 chart beside it. A pass of S is as many bytes as x has; `passes` counts activations, the parameters,
@@ -18,7 +19,7 @@ import argparse
 import importlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
@@ -31,12 +32,13 @@ from torch import Tensor, nn
 from poolformer_kernels import PoolFormerConfig, modules
 from poolformer_kernels.models.poolformer.modeling import PoolFormerEncoder
 from poolformer_kernels.modules import PoolFormerBlock
+from poolformer_kernels.ops import _common
 
 from . import counting, plots
 from .counting import Counts
 from .op_cases import DTYPES, LAYOUTS, make_arguments, stage_shapes
 from .plans import PLANS, Plan
-from .report import RESULTS, environment, table, write_csv
+from .report import RESULTS, environment, read_csv, table, write_csv
 
 FORWARD, GIVEN, BACKWARD = "forward", "forward, statistics given", "backward"
 OPS = dict.fromkeys(("pool_mixer", "mlp", "group_norm", "block"), (FORWARD, GIVEN, BACKWARD))
@@ -139,9 +141,7 @@ def statistics_like(setting: Setting, x: Tensor) -> Tensor | None:
     if setting.direction != GIVEN or setting.plan.backend == "torch":
         return None
     producer = "mlp" if setting.op in ("pool_mixer", "block") else "pool_mixer"
-    kernels = importlib.import_module(f"poolformer_kernels.kernels.{producer}")
-    partials = kernels.stats_partials(x.shape, 1, setting.layout == "nhwc", x.dtype)
-    return torch.ones((x.shape[0], 1, partials, 3), device="cuda")
+    return torch.ones_like(_common.fake_stats(producer, x, 1, True, setting.plan.backend))
 
 
 def measure(setting: Setting) -> Counts:
@@ -208,13 +208,35 @@ def row_of(setting: Setting) -> dict[str, Any]:
     }
 
 
+def side_by_side(rows: Iterable[dict[str, Any]]) -> str:
+    """Launches and passes of CUDA C++ and Triton, a line for each op, shape and direction.
+
+    In all: with parameters, their gradients and partial sums, in units of S as passes are.
+    """
+    keys = ("op", "variant", "stage", "direction", "shape", "dtype", "layout")
+    lines: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in rows:
+        line = lines.setdefault(tuple(row[key] for key in keys), {key: row[key] for key in keys})
+        in_all = row["passes"] * (1 + row["parameter_bytes"] / row["activation_bytes"])
+        counted = {"launches": row["launches"], "passes": row["passes"], "in all": in_all}
+        line |= {f"{row['contender']} {name}": value for name, value in counted.items()}
+    columns = {key: f"{key}|<" for key in ("op", "direction", "shape", "dtype", "layout")}
+    for contender in ("cuda", "triton", "torch"):
+        columns[f"{contender} launches"] = f"{contender} launches|.0f"
+        columns |= {
+            f"{contender} {name}": f"{contender} {name}|.2f" for name in ("passes", "in all")
+        }
+    return table(sorted(lines.values(), key=lambda line: [*OPS].index(line["op"])), columns)
+
+
 def grid(options: argparse.Namespace) -> Iterator[tuple[dict[str, Any], Setting]]:
     """(labels, setting) of every cell: s24 and s36 have the shapes of s12."""
     for variant, dtype, layout in product(options.variants, options.dtypes, options.layouts):
         shapes = stage_shapes(variant, options.batch, options.image_size)
         for stage in options.stages:
             labels = {"variant": variant, "stage": stage}
-            for op, (contender, plan) in product(options.ops, PLANS.items()):
+            for op, contender in product(options.ops, options.contenders):
+                plan = PLANS[contender]
                 if plan.save_hidden and op not in KEEPS_HIDDEN:
                     continue
                 for direction in OPS[op]:
@@ -228,12 +250,14 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--ops", nargs="+", default=list(OPS), choices=OPS)
     parser.add_argument("--variants", nargs="+", default=["s12", "m36"], choices=["s12", "m36"])
     parser.add_argument("--stages", nargs="+", type=int, default=[1, 2, 3, 4], choices=range(1, 5))
+    parser.add_argument("--contenders", nargs="+", default=list(PLANS), choices=PLANS)
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=list(DTYPES)[:3])
     parser.add_argument("--layouts", nargs="+", default=["nhwc"], choices=LAYOUTS)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument(
         "--image-size", type=int, default=224, help="smaller is quicker to simulate"
     )
+    parser.add_argument("--show", action="store_true", help="count nothing, print what was counted")
     return parser.parse_args(arguments)
 
 
@@ -251,6 +275,9 @@ def versions() -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parse(arguments)
+    if options.show:
+        print(side_by_side(read_csv(options.out / "traffic.csv")))
+        return 0
     if (reason := counting.why_not()) is not None:
         print(reason, file=sys.stderr)
         return 2
@@ -261,6 +288,7 @@ def main(arguments: list[str] | None = None) -> int:
         rows.append({**labels, **row_of(setting)})
         print(table(rows[-1:], COLUMNS, header=len(rows) == 1), flush=True)
     path = write_csv(options.out / "traffic.csv", rows, versions())
+    print(side_by_side(rows))
     print(f"wrote {path} and {plots.plot_traffic(path)}")
     return 0
 

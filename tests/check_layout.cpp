@@ -5,7 +5,7 @@
 #include <cstdlib>
 #include <vector>
 
-#include "cuda/layout.h"
+#include "cuda/planes.h"
 
 using namespace poolformer::cuda;
 
@@ -88,20 +88,60 @@ void check_reduction(const Image& im, bool rows, std::vector<int>& seen) {
   require_once(seen, rows ? "rows" : "pixels", im);
 }
 
-void check_spans(const Image& im, std::vector<int>& seen) {
+void check_planes(const Image& im, std::vector<int>& seen) {
+  const Planes p = choose_planes(im);
+  require(p.threads <= kThreads && p.blocks() <= kMostPartials, "tiles too large", im);
+  require(result_partials(im) == p.blocks(), "other partial statistics", im);
+  const int elements = p.elements(im.width), whole = 16 * im.pixels();
+  require(staged_bytes(elements + 2 * im.width, 4) + staged_bytes(elements, 4) + 4 * p.lanes <=
+              48 << 10,
+          "too much shared memory", im);
+  std::vector<int> staged(seen.size());
   for (int64_t number = 0; number < im.image_groups(); ++number) {
     const Group group(im, number);
-    for (int block = 0; block < span_blocks(im, im.vector); ++block) {
+    for (int index = 0; index < p.tiles; ++index) {
+      const PlaneTile t = tile_of(im, p, index);
+      require(t.end - t.begin <= elements && t.begin < t.end, "a tile too long", im);
+      require(t.planes <= 16 || t.begin % whole == 0, "a tile out of line", im);
+      require(t.halo_begin <= t.begin && t.halo_end >= t.end, "no halo", im);
+      for (int i = t.begin; i < t.end; ++i) ++staged[group.offset + i];
+      for (int thread = 0; thread < p.lanes; ++thread) {
+        const PlaneLane l = lane_of(im, p, t, thread);
+        if (!l.inside) continue;
+        require(l.row > 0 ? l.offset + (l.row - 1) * im.width >= t.halo_begin : true, "above", im);
+        require(l.end < im.height ? l.offset + l.end * im.width < t.halo_end : true, "below", im);
+        for (int row = l.row; row < l.end; ++row) {
+          const int64_t offset = group.offset + l.offset + row * im.width;
+          const int channel = group.first_channel + t.first_plane + l.plane;
+          require(offset == element(im, group.image, channel, row, l.column), "misplaced", im);
+          visit(seen, im, offset, 1);
+        }
+      }
+    }
+  }
+  require_once(seen, "planes", im);
+  require_once(staged, "staged", im);
+}
+
+void check_spans(const Image& im, std::vector<int>& seen) {
+  const int vector = span_vector(im);
+  for (int64_t number = 0; number < im.image_groups(); ++number) {
+    const Group group(im, number);
+    for (int block = 0; block < span_blocks(im, vector); ++block) {
       for (int thread = 0; thread < kThreads; ++thread) {
         for (int u = 0; u < kUnroll; ++u) {
           const int index = span_index(block, thread, u);
-          if (index >= im.group_size() / im.vector) continue;
-          const int64_t offset = group.offset + offset_in_group(im, im.vector, index);
-          const int channel = group.first_channel + channel_in_group(im, im.vector, index);
+          if (index >= im.group_size() / vector) continue;
+          const int64_t offset = group.offset + offset_in_group(im, vector, index);
+          const SpanPlace place = span_place(im, vector, index);
           const int64_t in_image = offset % (int64_t{im.channels} * im.pixels());
-          require(channel == (im.channels_last ? in_image % im.channels : in_image / im.pixels()),
-                  "another channel", im);
-          visit(seen, im, offset, im.vector);
+          const int channel = group.first_channel + place.channel;
+          if (im.channels_last) {
+            require(channel == in_image % im.channels, "another channel", im);
+          } else {
+            require(channel * int64_t{im.pixels()} + place.pixel == in_image, "another pixel", im);
+          }
+          visit(seen, im, offset, vector);
         }
       }
     }
@@ -122,19 +162,24 @@ void check_far(const Image& near) {
 
 int main() {
   const int shapes[][5] = {
-      {2, 64, 7, 7, 1},    {1, 96, 14, 14, 1}, {3, 20, 9, 5, 4},  {1, 13, 6, 11, 1},
-      {5, 8, 1, 1, 2},     {2, 320, 3, 14, 1}, {1, 512, 7, 7, 1}, {1, 3, 1, 700, 3},
-      {1, 1, 900, 1, 1},   {1, 2048, 2, 3, 1}, {1, 24, 70, 3, 3}, {40, 64, 28, 28, 1},
-      {1, 8, 1100, 40, 1}, {2, 1000, 5, 4, 1}, {300, 8, 9, 3, 1}, {1, 1, 700000, 1, 1}};
+      {2, 64, 7, 7, 1},    {1, 96, 14, 14, 1}, {3, 20, 9, 5, 4},   {1, 13, 6, 11, 1},
+      {5, 8, 1, 1, 2},     {2, 320, 3, 14, 1}, {1, 512, 7, 7, 1},  {1, 3, 1, 700, 3},
+      {1, 1, 900, 1, 1},   {1, 2048, 2, 3, 1}, {1, 24, 70, 3, 3},  {40, 64, 28, 28, 1},
+      {1, 8, 1100, 40, 1}, {2, 1000, 5, 4, 1}, {300, 8, 9, 3, 1},  {1, 1, 700000, 1, 1},
+      {1, 3, 40, 896, 1},  {2, 2, 20, 897, 2}, {1, 6, 5, 4000, 1}, {1, 64, 224, 224, 1}};
   int checked = 0;
   for (const auto& s : shapes) {
     for (const bool channels_last : {false, true}) {
       for (const Dtype dtype : {Dtype::kFloat32, Dtype::kBFloat16}) {
         const Image im(dtype, channels_last, s[0], s[1], s[2], s[3], s[4]);
         std::vector<int> seen(im.batch * im.channels * im.pixels());
-        check_tiling(im, seen);
-        check_reduction(im, true, seen);
-        check_reduction(im, false, seen);
+        if (im.in_planes()) {
+          check_planes(im, seen);
+        } else {
+          check_tiling(im, seen);
+          check_reduction(im, true, seen);
+          check_reduction(im, false, seen);
+        }
         check_spans(im, seen);
         check_far(im);
         ++checked;

@@ -1,7 +1,7 @@
 """A program: what the launches of the ops move, as a simulated GPU counts it, as JSON.
 
-SIMGPU_TRACE=FILE python tests/count_traffic.py OP BACKEND SHAPE…, with shapes such as 1x64x56x56.
-Prints {SHAPE: {CALL: [launch]}}; tensors are bfloat16 and channels_last.
+SIMGPU_TRACE=FILE python tests/count_traffic.py OP BACKEND LAYOUT DTYPE SHAPE…, with a shape such as
+1x64x56x56. Prints {SHAPE: {CALL: [launch]}}.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,12 @@ class Launches:
         return [n for n in map(json.loads, new) if n["kind"] in ("cuda", "triton")]
 
 
-def calls(kernels: Kernels, shape: tuple[int, ...], launches: Launches) -> dict[str, Any]:
+def calls(
+    kernels: Kernels, layout: str, dtype: torch.dtype, shape: tuple[int, ...], launches: Launches
+) -> dict[str, Any]:
     case = Case(shape)
-    x = cases.random_input(case, "channels_last", torch.bfloat16).cuda()
-    params = [p.cuda() for p in cases.parameters(kernels.op, case, torch.bfloat16)]
+    x = cases.random_input(case, layout, dtype).cuda()
+    params = [p.cuda() for p in cases.parameters(kernels.op, case, dtype)]
     stats, dy = reference.statistics(x, 1), torch.randn_like(x)
     counted = {}
     launches()
@@ -51,11 +54,7 @@ def calls(kernels: Kernels, shape: tuple[int, ...], launches: Launches) -> dict[
 
 
 if __name__ == "__main__":
-    op, backend, *shapes = sys.argv[1:]
+    op, backend, layout, dtype, *shapes = sys.argv[1:]
+    count = partial(calls, Kernels(op, backend), layout, getattr(torch, dtype))
     launches = Launches()
-    kernels = Kernels(op, backend)
-    print(
-        json.dumps(
-            {s: calls(kernels, tuple(int(n) for n in s.split("x")), launches) for s in shapes}
-        )
-    )
+    print(json.dumps({s: count(tuple(int(n) for n in s.split("x")), launches) for s in shapes}))

@@ -132,23 +132,40 @@ def passes(launches: list[dict[str, Any]], tensor_bytes: int) -> float:
 
 
 @BOTH
-def test_bytes_and_launches(op: str, backend: str, run_python: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("layout", "dtype"),
+    [(layout, dtype) for layout in ("channels_last", "nchw") for dtype in ("bfloat16", "float32")],
+)
+def test_bytes_and_launches(
+    op: str, backend: str, layout: str, dtype: str, run_python: Any, tmp_path: Path
+) -> None:
     """PoolFormer-S12's stages, and 96 channels. S: one pass over x."""
     pytest.importorskip("simgpu", reason="only a simulated GPU counts bytes")
-    last = "2x512x7x7" if op == "pool_mixer" else "4x512x7x7"  # group_norm's partial sums are two
-    shapes = ["1x64x56x56", "1x128x28x28", "1x320x14x14", last, "1x96x28x28"]
+    if backend == "triton" and (layout, dtype) != ("channels_last", "bfloat16"):
+        pytest.skip("Triton's are counted in the layout and dtype that it is meant for")
+    shapes = ["1x64x56x56", "1x128x28x28", "1x320x14x14", "1x512x7x7", "1x96x28x28"]
+    if op == "group_norm" or backend == "triton":  # partial sums of several images: two a channel
+        shapes[3] = "2x512x7x7" if op == "pool_mixer" else "4x512x7x7"
     program = Path(__file__).with_name("count_traffic.py")
-    done = run_python(str(program), op, backend, *shapes, SIMGPU_TRACE=str(tmp_path / "trace"))
+    trace = str(tmp_path / "trace")
+    done = run_python(str(program), op, backend, layout, dtype, *shapes, SIMGPU_TRACE=trace)
     assert done.returncode == 0, done.stderr
     most = {"forward, statistics given": (1, 2.1), "forward": (2, 3.1), "backward": (3, 5.2)}
     for shape, calls in json.loads(done.stdout).items():
-        tensor_bytes = 2 * torch.Size(int(n) for n in shape.split("x")).numel()
+        itemsize = getattr(torch, dtype).itemsize
+        tensor_bytes = itemsize * torch.Size(int(n) for n in shape.split("x")).numel()
         for call, (count, limit) in most.items():
             moved = passes(calls[call], tensor_bytes)
-            assert len(calls[call]) == count and limit - 0.2 < moved <= limit, (shape, call, moved)
+            # One image whose sums are those of one part needs no launch that adds them up.
+            fewest = count - (backend == "cuda" and call == "backward" and shape.startswith("1x"))
+            assert fewest <= len(calls[call]) <= count, (shape, call)
+            assert limit - 0.2 < moved <= limit, (shape, call, moved)
             if backend == "cuda":
                 for n in calls[call]:
                     fetched = 32 * (n["load_sectors"] + n["store_sectors"])
                     asked = n["load_bytes"] + n["store_bytes"]
                     small = asked < tensor_bytes / 4  # the sum of parameters' gradients
                     assert small or fetched <= 1.05 * asked, (shape, n["kernel"], fetched / asked)
+                    if layout == "nchw":  # what windows share is read once
+                        least = n["unique_load_bytes"] + n["unique_store_bytes"]
+                        assert small or fetched <= 1.25 * least, (shape, n["kernel"], fetched)

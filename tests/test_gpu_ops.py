@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import cases
@@ -12,7 +15,9 @@ from kernel_checks import BACKENDS, NO_CUDA, NO_TRITON
 from torch import Tensor
 
 import poolformer_kernels as pk
+from benchmarks.plans import Plan
 from poolformer_kernels import modules, reference
+from poolformer_kernels.ops import _common
 
 pytestmark = pytest.mark.gpu
 OPS = [
@@ -20,6 +25,7 @@ OPS = [
     for op in ("pool_mixer", "mlp", "group_norm")
     for backend in BACKENDS
 ]
+CONFIG = {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1], "num_labels": 4}
 CASE = Case((2, 24, 7, 5), drop=True, hidden=40)
 
 
@@ -140,25 +146,71 @@ def test_autograd_saves_the_hidden_only_if_asked_to(backend: str, dtype: torch.d
     cases.assert_as_exact_as_eager(*results, exact)
 
 
+@contextmanager
+def running(backend: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[set[tuple[str, str, str]]]:
+    """In this context our models run on `backend`, and their MLP on "auto" where it cannot.
+
+    Gives the (op, direction, backend) of every GPU kernel that is asked for.
+    """
+    asked: set[tuple[str, str, str]] = set()
+    find = _common.gpu_kernel
+
+    def gpu_kernel(op: str, direction: str, backend: str) -> Any:
+        asked.add((op, direction, backend))
+        return find(op, direction, backend)
+
+    with monkeypatch.context() as patched, Plan(backend, otherwise="auto").chosen():
+        patched.setattr(_common, "gpu_kernel", gpu_kernel)
+        yield asked
+
+
+def assert_all_ran(asked: set[tuple[str, str, str]], backend: str) -> None:
+    ops = ("pool_mixer", "mlp", "group_norm")
+    assert asked >= {(op, way, backend) for op in ops for way in ("forward", "backward")}
+
+
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_whole_model_is_as_exact_as_eager(
+    backend: str, dtype: torch.dtype, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logits and every gradient, with layer scales that hide no error."""
+    config = pk.PoolFormerConfig(**CONFIG, layer_scale_init_value=0.7)
+    model = pk.PoolFormerForImageClassification(config).to(dtype).train()
+    x = torch.randn(2, 3, 48, 40).to(dtype)
+    upstream = torch.randn(2, 4).to(dtype)
+
+    def run(model: torch.nn.Module, x: Tensor, upstream: Tensor) -> list[Tensor]:
+        logits = model(x).logits
+        return [logits, *torch.autograd.grad(logits, list(model.parameters()), upstream)]
+
+    with pk.use_backend("torch"):
+        eager = run(model, x, upstream)
+        exact = run(copy.deepcopy(model).double(), x.double(), upstream.double())
+    memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    model = model.to("cuda", memory_format=memory_format)
+    with running(backend, monkeypatch) as asked:
+        ours = run(model, cases.layout_of(x.cuda(), layout), upstream.cuda())
+    assert_all_ran(asked, backend)
+    cases.assert_as_exact_as_eager([t.cpu() for t in ours], eager, exact)
+
+
 @pytest.mark.parametrize("autocast", [False, True])
-def test_training_follows_eager(autocast: bool) -> None:
-    config = pk.PoolFormerConfig(
-        hidden_sizes=[8, 16, 24, 32],
-        depths=[1, 1, 1, 1],
-        num_labels=4,
-        drop_path_rate=0.1,
-        layer_scale_init_value=0.5,
-    )
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_training_follows_eager(
+    backend: str, autocast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = pk.PoolFormerConfig(**CONFIG, drop_path_rate=0.1, layer_scale_init_value=0.5)
     torch.manual_seed(0)
     start = pk.PoolFormerForImageClassification(config).state_dict()
     x, labels = torch.randn(4, 3, 32, 32).cuda(), torch.tensor([0, 1, 2, 3]).cuda()
-    losses = {}
-    for backend in ("torch", "auto"):
+
+    def losses() -> list[float]:
         model = pk.PoolFormerForImageClassification(config).cuda().train()
         model.load_state_dict(start)
-        pk.accelerate(model, backend)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-        losses[backend] = []
+        found = []
         torch.manual_seed(1)
         for _ in range(20):
             with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
@@ -166,7 +218,14 @@ def test_training_follows_eager(autocast: bool) -> None:
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            losses[backend].append(loss.item())
-    assert sum(losses["torch"][-5:]) < 0.8 * sum(losses["torch"][:5]), losses
+            found.append(loss.item())
+        return found
+
+    with pk.use_backend("torch"):
+        eager = losses()
+    with running(backend, monkeypatch) as asked:
+        ours = losses()
+    assert_all_ran(asked, backend)
+    assert sum(eager[-5:]) < 0.8 * sum(eager[:5]), eager
     tolerance = 5e-2 if autocast else 2e-3
-    torch.testing.assert_close(losses["auto"], losses["torch"], rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(ours, eager, rtol=tolerance, atol=tolerance)

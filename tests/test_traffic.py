@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from kernel_checks import NO_CUDA
 
 pytest.importorskip("matplotlib")
 
@@ -51,6 +52,17 @@ def test_a_block_in_a_stage(stage_rows: Any, stage: int, launches: int, passes: 
     assert row["launches_once"] == 1  # the statistics of the stage's input
     row = stage_rows[stage, "backward", "triton"]
     assert row["launches"] <= 10 and row["passes"] <= 32.1 and row["launches_once"] == 0
+
+
+@pytest.mark.gpu
+@ON_SIMULATOR
+@pytest.mark.skipif(NO_CUDA, reason="CUDA kernels are not built here")
+@pytest.mark.parametrize("stage", [1, 3])
+def test_cuda_moves_no_more_than_triton(stage_rows: Any, stage: int) -> None:
+    for direction in ("forward", "backward"):
+        cuda, triton = (stage_rows[stage, direction, name] for name in ("cuda", "triton"))
+        assert cuda["passes"] <= triton["passes"] + 0.1
+        assert cuda["launches"] <= triton["launches"]
 
 
 @pytest.mark.gpu
@@ -132,6 +144,43 @@ def test_a_plan_that_keeps_the_hidden_asks_the_mlp_to(monkeypatch: pytest.Monkey
     assert [options["save_hidden"] for options in asked] == [False, True]
 
 
+def test_a_plan_takes_another_backend_for_what_its_own_cannot(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def no_gradients(call: backends.Call) -> str | None:
+        return "it has no gradients" if call.grad else None
+
+    def chosen(grad: bool) -> str:
+        return backends.resolve("mlp", "cpu", torch.float32, "relu", grad)
+
+    monkeypatch.setitem(backends.BACKENDS, "cuda", no_gradients)
+    with Plan("cuda", otherwise="torch").chosen():
+        assert [chosen(grad) for grad in (False, True)] == ["cuda", "torch"]
+    with Plan("cuda").chosen(), pytest.raises(backends.BackendUnavailable, match="no gradients"):
+        chosen(True)
+    assert PLANS["cuda"].otherwise == "triton"
+    assert not any(key[0] == "cuda" for key in backends._resolved)
+
+
+def test_cuda_is_shown_beside_triton(capsys: pytest.CaptureFixture[str]) -> None:
+    assert traffic.main(["--show"]) == 0
+    header, *lines = capsys.readouterr().out.splitlines()
+    rows = read_csv(RESULTS / "traffic.csv")
+    contenders = {row["contender"] for row in rows}
+    assert contenders == set(PLANS)
+    assert len(lines) == len([row for row in rows if row["contender"] == "cuda"])
+    names = ("cuda passes", "cuda launches", "triton passes", "triton launches")
+    places = [header.index(name) + len(name) for name in names]
+    cells = [lines[0][:place].split()[-1] for place in places]
+    first = [next(row for row in rows if row["contender"] == name) for name in ("cuda", "triton")]
+    expected = [
+        f(row[key])
+        for row in first
+        for key, f in (("passes", "{:.2f}".format), ("launches", "{:.0f}".format))
+    ]
+    assert cells == expected
+
+
 @FAKES_GPU
 def test_s12_saves_a_seventh_of_what_plain_pytorch_does() -> None:
     config = PoolFormerConfig.from_variant("s12")
@@ -164,7 +213,9 @@ def test_saved_bytes_as_a_program(tmp_path: Path) -> None:
     small = ["--variants", "s12", "--image-size", "64", "--out", str(tmp_path)]
     assert saved_bytes.main(small) == 0
     rows = read_csv(tmp_path / "saved_bytes.csv")
-    assert len(rows) == 2 * len(PLANS) and all(row["saved_bytes"] > 0 for row in rows)
+    assert len(rows) == 2 * len(saved_bytes.CONTENDERS) and all(
+        row["saved_bytes"] > 0 for row in rows
+    )
 
 
 def test_saved_bytes_says_what_it_needs(
@@ -195,4 +246,5 @@ def test_results_are_complete(tmp_path: Path) -> None:
     assert plots.main([str(copy)]) == 0
     assert (tmp_path / "traffic.png").read_bytes().startswith(b"\x89PNG")
     saved = read_csv(RESULTS / "saved_bytes.csv")
-    assert len(saved) == 5 * 2 * len(PLANS) and all(row["saved_bytes"] for row in saved)
+    assert len(saved) == 5 * 2 * len(saved_bytes.CONTENDERS)
+    assert all(row["saved_bytes"] for row in saved)

@@ -32,8 +32,10 @@ std::tuple<Tensor, Tensor, Tensor> pool_mixer_forward(const Tensor& x, const Opt
   cuda::PoolMixerArgs args{in.image};
   args.tiling = cuda::choose_tiling(in.image);
   Tensor y = in.like_x(), saved = in.floats({in.image.batch, num_groups, 2});
-  Tensor stats_out = return_stats ? in.floats({in.image.batch, num_groups, args.tiling.blocks(), 3})
-                                  : in.floats({0});
+  Tensor stats_out = in.floats({0});
+  if (return_stats) {
+    stats_out = in.floats({in.image.batch, num_groups, cuda::result_partials(in.image), 3});
+  }
   if (in.image.batch == 0) return {y, saved, stats_out};
   const Tensor partials = cuda::statistics_of(op, in, stats);
   const Dense gamma(norm_weight), scale(layer_scale), k(drop_path);
@@ -90,10 +92,11 @@ std::tuple<Tensor, Tensor, Tensor> pool_mixer_backward(
   const Tensor g = cuda::gradient(op, "dy", dy, x, in.x);
   cuda::PoolMixerBackwardArgs args{in.image};
   args.tiling = cuda::choose_tiling(in.image);
-  args.reduction = cuda::choose_row_reduction(in.image);
+  args.reduction = cuda::row_reduction(in.image);
   Tensor dx = in.like_x(), dgamma = at::empty({x.size(1)}, x.options()),
          dscale = at::empty({x.size(1)}, x.options());
-  Tensor channel_sums = in.floats({in.image.batch, args.reduction.parts, in.image.channels});
+  const int64_t rows = in.image.batch * args.reduction.parts;
+  Tensor channel_sums = in.floats({rows == 1 ? 0 : std::max<int64_t>(rows, 1), in.image.channels});
   Tensor group_sums = in.floats({in.image.batch, num_groups, args.reduction.blocks()});
   const Dense gamma(norm_weight), scale(layer_scale), k(drop_path);
   args.dy = g.const_data_ptr(), args.x = in.x.const_data_ptr(), args.dx = dx.mutable_data_ptr();
@@ -101,7 +104,7 @@ std::tuple<Tensor, Tensor, Tensor> pool_mixer_backward(
   args.radius = cuda::window_radius(in.image, pool_size);
   args.parameters = {gamma.data(), scale.data(), k.data(),
                      drop_path && drop_path->scalar_type() == at::kFloat};
-  args.channel_sums = channel_sums.mutable_data_ptr<float>();
+  args.channel_sums = rows == 1 ? nullptr : channel_sums.mutable_data_ptr<float>();
   args.group_sums = group_sums.mutable_data_ptr<float>();
   args.dnorm_weight = dgamma.mutable_data_ptr(), args.dlayer_scale = dscale.mutable_data_ptr();
   C10_CUDA_CHECK(cuda::pool_mixer_backward(args, in.stream));
@@ -120,15 +123,17 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_backward(const Tensor& dy, const T
   const Tensor mean_rstd = cuda::moments(op, saved, x);
   const Tensor g = cuda::gradient(op, "dy", dy, x, in.x);
   cuda::GroupNormBackwardArgs args{in.image};
-  args.reduction = cuda::choose_pixel_reduction(in.image);
+  args.reduction = cuda::pixel_reduction(in.image);
   Tensor dx = in.like_x(), dweight = at::empty({x.size(1)}, x.options()),
          dbias = at::empty({x.size(1)}, x.options());
-  Tensor channel_sums = in.floats({2, in.image.batch, args.reduction.parts, in.image.channels});
+  const int64_t rows = in.image.batch * args.reduction.parts;
+  Tensor channel_sums =
+      in.floats({2, rows == 1 ? 0 : std::max<int64_t>(rows, 1), in.image.channels});
   Tensor group_sums = in.floats({in.image.batch, num_groups, args.reduction.blocks(), 2});
   const Dense gamma(weight);
   args.dy = g.const_data_ptr(), args.x = in.x.const_data_ptr(), args.dx = dx.mutable_data_ptr();
   args.saved = mean_rstd.const_data_ptr<float>(), args.weight = gamma.data();
-  args.channel_sums = channel_sums.mutable_data_ptr<float>();
+  args.channel_sums = rows == 1 ? nullptr : channel_sums.mutable_data_ptr<float>();
   args.group_sums = group_sums.mutable_data_ptr<float>();
   args.dweight = dweight.mutable_data_ptr(), args.dbias = dbias.mutable_data_ptr();
   C10_CUDA_CHECK(cuda::group_norm_backward(args, in.stream));
@@ -143,7 +148,7 @@ int64_t stats_partials(const std::string& op, int64_t channels, int64_t height, 
   const cuda::Image image(itemsize == 4 ? cuda::Dtype::kFloat32 : cuda::Dtype::kBFloat16,
                           channels_last, 1, static_cast<int>(channels), static_cast<int>(height),
                           static_cast<int>(width), static_cast<int>(num_groups));
-  return cuda::choose_tiling(image).blocks();
+  return cuda::result_partials(image);
 }
 
 int64_t architecture(int64_t device) {

@@ -133,6 +133,42 @@ __device__ __forceinline__ void load_parameter(const void* parameter, int channe
   }
 }
 
+// The parameter of each of V pixels that lie side by side in NCHW, from `at` on. Where planes have
+// V pixels there are two channels at most, and all lanes load both.
+template <class T, int V>
+__device__ __forceinline__ void load_of_pixels(const void* parameter, const Image& image,
+                                               int first_channel, SpanPlace at, float missing,
+                                               float (&values)[V]) {
+  const int pixels = image.pixels(), last = image.group_channels - 1;
+  if (pixels >= V) {
+    float first[1], second[1];
+    load_parameter<T>(parameter, first_channel + at.channel, missing, first);
+    load_parameter<T>(parameter, first_channel + min(at.channel + 1, last), missing, second);
+#pragma unroll
+    for (int i = 0; i < V; ++i) values[i] = at.pixel + i < pixels ? first[0] : second[0];
+  } else {
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      float own[1];
+      load_parameter<T>(parameter, first_channel + at.channel + (at.pixel + i) / pixels, missing,
+                        own);
+      values[i] = own[0];
+    }
+  }
+}
+
+// The parameter of each element of a vector of a span.
+template <class T, int V>
+__device__ __forceinline__ void load_of_span(const void* parameter, const Image& image,
+                                             int first_channel, SpanPlace at, float missing,
+                                             float (&values)[V]) {
+  if (image.channels_last) {
+    load_parameter<T>(parameter, first_channel + at.channel, missing, values);
+  } else {
+    load_of_pixels<T>(parameter, image, first_channel, at, missing, values);
+  }
+}
+
 template <class T>
 __device__ __forceinline__ float image_factor(const Parameters& p, int64_t image) {
   if (p.drop_path == nullptr) return 1.f;

@@ -25,11 +25,11 @@ __global__ void POOLFORMER_BOUNDS group_norm_kernel(GroupNormArgs args, int64_t 
   for (int u = 0; u < kUnroll; ++u) {
     const int index = span_index(block.x, threadIdx.x, u);
     if (index >= vectors) break;
-    const int channel = group.first_channel + channel_in_group(image, V, index);
+    const SpanPlace place = span_place(image, V, index);
     float values[V], weight[V], bias[V];
     unpack(raw[u], values);
-    load_parameter<T>(args.weight, channel, 1.f, weight);
-    load_parameter<T>(args.bias, channel, 0.f, bias);
+    load_of_span<T>(args.weight, image, group.first_channel, place, 1.f, weight);
+    load_of_span<T>(args.bias, image, group.first_channel, place, 0.f, bias);
 #pragma unroll
     for (int i = 0; i < V; ++i) {
       values[i] = (values[i] - moments.mean) * moments.rstd * weight[i] + bias[i];
@@ -44,10 +44,10 @@ cudaError_t group_norm(const GroupNormArgs& args, cudaStream_t stream) {
   const Image& image = args.image;
   return with_type(image.dtype, [&](auto value) {
     using T = decltype(value);
-    const auto kernel =
-        image.vector > 1 ? group_norm_kernel<T, kFullVector<T>> : group_norm_kernel<T, 1>;
+    const int vector = span_vector(image);
+    const auto kernel = vector > 1 ? group_norm_kernel<T, kFullVector<T>> : group_norm_kernel<T, 1>;
     for_groups(image, [&](unsigned groups, int64_t first) {
-      const dim3 grid(span_blocks(image, image.vector), 1, groups);
+      const dim3 grid(span_blocks(image, vector), 1, groups);
       kernel<<<grid, kThreads, 0, stream>>>(args, first);
     });
   });

@@ -3,7 +3,7 @@
 
 #include <cuda_runtime_api.h>
 
-#include "layout.h"
+#include "planes.h"
 
 namespace poolformer::cuda {
 
@@ -33,7 +33,7 @@ struct PoolMixerArgs {
   float eps;
   Parameters parameters;
   float* saved;      // (batch, groups, 2)
-  float* stats_out;  // (batch, groups, tiling.blocks(), 3) of y, or null
+  float* stats_out;  // (batch, groups, result_partials(image), 3) of y, or null
 };
 cudaError_t pool_mixer(const PoolMixerArgs& args, cudaStream_t stream);
 
@@ -46,7 +46,7 @@ struct PoolMixerBackwardArgs {
   const float* saved;
   int radius;
   Parameters parameters;
-  float* channel_sums;  // (batch, reduction.parts, channels)
+  float* channel_sums;  // (batch, reduction.parts, channels), or null: there is one row
   float* group_sums;    // (batch, groups, reduction.blocks())
   void *dnorm_weight, *dlayer_scale;
 };
@@ -71,7 +71,7 @@ struct GroupNormBackwardArgs {
   void* dx;
   const float* saved;
   const void* weight;
-  float* channel_sums;  // (2, batch, reduction.parts, channels): of g·x̂, and of g
+  float* channel_sums;  // (2, batch, reduction.parts, channels): of g·x̂ and of g; or null: one row
   float* group_sums;    // (batch, groups, reduction.blocks(), 2)
   void *dweight, *dbias;
 };

@@ -23,6 +23,7 @@ constexpr int kMostPartials = 256;  // of a group: each block of the op that tak
 constexpr int kReducingBlocks = 1024;  // enough to fill a GPU; more would write more partial sums
 constexpr int kUnroll = 4;             // vectors that a thread has in flight
 constexpr int kMostParts = 65535;      // what a grid may have in y and z
+constexpr int kStagedRow = 4 * kThreads;           // the widest row of a tile in shared memory
 constexpr int64_t kIndexLimit = int64_t{1} << 30;  // elements of an image: 32-bit offsets inside it
 
 POOLFORMER_HOST_DEVICE int ceil_div(int a, int b) { return (a - 1) / b + 1; }
@@ -58,6 +59,8 @@ struct Image {
   POOLFORMER_HOST_DEVICE int column_stride() const { return channels_last ? channels : 1; }
   POOLFORMER_HOST_DEVICE int row_stride() const { return width * column_stride(); }
   POOLFORMER_HOST_DEVICE int channel_stride() const { return channels_last ? 1 : pixels(); }
+  // Whether tiles go by way of shared memory: see Planes.
+  POOLFORMER_HOST_DEVICE bool in_planes() const { return !channels_last && width <= kStagedRow; }
   // Threads that lie side by side in memory, in a group of `across` columns.
   POOLFORMER_HOST_DEVICE int side_by_side(int across) const {
     return channels_last ? group_channels / vector : across;
@@ -193,7 +196,11 @@ POOLFORMER_HOST_DEVICE ReductionPlace place_of(const Image& im, const Reduction&
 }
 
 // Blocks that write a tensor vector by vector, in the order of memory: a thread has kUnroll
-// vectors, kThreads apart.
+// vectors, kThreads apart. In NCHW a vector may have pixels of several channels.
+inline int span_vector(const Image& im) {
+  if (im.channels_last) return im.vector;
+  return im.group_size() % im.full_vector() == 0 ? im.full_vector() : 1;
+}
 POOLFORMER_HOST_DEVICE int span_blocks(const Image& im, int vector) {
   return ceil_div(im.group_size() / vector, kThreads * kUnroll);
 }
@@ -208,10 +215,14 @@ POOLFORMER_HOST_DEVICE int offset_in_group(const Image& im, int vector, int inde
   return index / vectors * im.channels + index % vectors * vector;
 }
 
-// The first of its channels, in the group. vector: im.vector.
-POOLFORMER_HOST_DEVICE int channel_in_group(const Image& im, int vector, int index) {
-  if (!im.channels_last) return index / im.pixels();
-  return index % (im.group_channels / vector) * vector;
+// Its first channel in the group and, in NCHW, pixel.
+struct SpanPlace {
+  int channel, pixel;
+};
+POOLFORMER_HOST_DEVICE SpanPlace span_place(const Image& im, int vector, int index) {
+  if (im.channels_last) return {index % (im.group_channels / vector) * vector, 0};
+  const int channel = index * vector / im.pixels();
+  return {channel, index * vector - channel * im.pixels()};
 }
 
 }  // namespace poolformer::cuda

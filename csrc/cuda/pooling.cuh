@@ -26,6 +26,12 @@ __device__ __forceinline__ float inverse_count(int position, int size, int radiu
   return __fdividef(1.f, static_cast<float>(high - low + 1));
 }
 
+// The same of a window of three.
+__device__ __forceinline__ float inverse_count_of_three(int position, int size) {
+  const bool before = position > 0, after = position + 1 < size;
+  return before && after ? 1.f / 3.f : before || after ? 1.f / 2.f : 1.f;
+}
+
 // Pool<T, V, kTransposed>: prefetch(row, end), begin(row, centre), then next(row, …) for each of
 // the rows [row, end), which gives Px − x and x. kTransposed: values are divided by the counts of
 // their own windows before they are summed.
@@ -37,12 +43,13 @@ template <class T, bool kTransposed>
 constexpr bool kCentred = sizeof(T) == 4 && !kTransposed;
 
 // 3×3: the sums along a row serve the three rows whose windows hold them. The loads of a row are
-// under way while the one before is worked on.
-template <class T, int V, bool kTransposed>
+// under way while the one before is worked on. kInShared: the lane lies in shared memory.
+template <class T, int V, bool kTransposed, bool kInShared = false>
 class RollingPool {
  public:
   using Type = T;
   static constexpr int kVector = V;
+  static constexpr bool kStaged = kInShared;
 
   __device__ __forceinline__ RollingPool(const Lane<T>& lane, int)
       : next_(lane.data),
@@ -51,11 +58,11 @@ class RollingPool {
         // Outside the weight is 0, and the lane's own value stands for what is not there.
         to_left_(lane.column > 0 ? -lane.column_stride : 0),
         to_right_(lane.column + 1 < lane.width ? lane.column_stride : 0) {
-    middle_ = inverse_count(lane.column, lane.width, 1);
+    middle_ = inverse_count_of_three(lane.column, lane.width);
     left_ = right_ = 1.f;
     if (kTransposed) {
-      left_ = inverse_count(lane.column - 1, lane.width, 1);
-      right_ = inverse_count(lane.column + 1, lane.width, 1);
+      left_ = inverse_count_of_three(lane.column - 1, lane.width);
+      right_ = inverse_count_of_three(lane.column + 1, lane.width);
     }
     if (to_left_ == 0) left_ = 0.f;
     if (to_right_ == 0) right_ = 0.f;
@@ -86,7 +93,7 @@ class RollingPool {
     row_sums(raw_, row + 1, below);
     own_ = raw_.middle;
     if (row + 1 < last_) raw_ = next_row();
-    const float scale = kTransposed ? 1.f : middle_ * inverse_count(row, height_, 1);
+    const float scale = kTransposed ? 1.f : middle_ * inverse_count_of_three(row, height_);
 #pragma unroll
     for (int i = 0; i < V; ++i) {
       const float sum = above_[i] + here_[i] + below[i];
@@ -103,9 +110,18 @@ class RollingPool {
   };
 
   __device__ __forceinline__ Row next_row() {
-    const Row raw = {load<V>(next_ + to_left_), load<V>(next_), load<V>(next_ + to_right_)};
+    const Row raw = {pack(next_ + to_left_), pack(next_), pack(next_ + to_right_)};
     next_ += row_stride_;
     return raw;
+  }
+
+  static __device__ __forceinline__ Pack<T, V> pack(const T* p) {
+    if constexpr (kStaged) {
+      static_assert(V == 1);
+      return {*p};
+    } else {
+      return load<V>(p);
+    }
   }
 
   __device__ __forceinline__ void row_sums(const Row& raw, int row, float (&sums)[V]) const {
@@ -118,7 +134,7 @@ class RollingPool {
     unpack(raw.left, left);
     unpack(raw.middle, middle);
     unpack(raw.right, right);
-    const float scale = kTransposed ? inverse_count(row, height_, 1) : 1.f;
+    const float scale = kTransposed ? inverse_count_of_three(row, height_) : 1.f;
     const float by_left = left_ * scale, by_middle = middle_ * scale, by_right = right_ * scale;
 #pragma unroll
     for (int i = 0; i < V; ++i) {
@@ -148,6 +164,7 @@ class WholePool {
  public:
   using Type = T;
   static constexpr int kVector = V;
+  static constexpr bool kStaged = false;
 
   __device__ __forceinline__ WholePool(const Lane<T>& lane, int radius)
       : lane_(lane), radius_(radius) {}
@@ -208,6 +225,16 @@ cudaError_t with_pool(const Image& image, int radius, Launch&& launch) {
       return launch(Kind<RollingPool<T, 1, kTransposed>>{});
     }
     if (image.vector > 1) return launch(Kind<WholePool<T, kV, kTransposed>>{});
+    return launch(Kind<WholePool<T, 1, kTransposed>>{});
+  });
+}
+
+// The same for images in planes.
+template <bool kTransposed, class Launch>
+cudaError_t with_plane_pool(const Image& image, int radius, Launch&& launch) {
+  return with_type(image.dtype, [&](auto value) {
+    using T = decltype(value);
+    if (radius == 1) return launch(Kind<RollingPool<T, 1, kTransposed, true>>{});
     return launch(Kind<WholePool<T, 1, kTransposed>>{});
   });
 }
