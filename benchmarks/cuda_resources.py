@@ -60,8 +60,9 @@ class Row:
     registers: of a thread. stack: its bytes of local memory; spilled: those that hold what
     registers could not. bound: threads of a block at most, 0 where nothing says. threads,
     dynamic_shared: of the launch that leaves most of a multiprocessor empty, 0 where there is none;
-    occupancy: that launch's resident warps ÷ the most there can be. From `matrix` on: instructions in the machine
-    code; loads_16 and so on move 16 bytes a thread. digest: of the source and its headers.
+    occupancy: that launch's resident warps ÷ the most there can be. From `matrix` on: instructions
+    in the machine code; loads_16 and so on move 16 bytes a thread. digest: of the source and its
+    headers.
     """
 
     source: str
