@@ -30,7 +30,7 @@ def test_every_element_has_one_place(tmp_path: Path) -> None:
     flags = ["-std=c++17", "-O1", "-Wall", "-Werror", f"-I{ROOT / 'csrc'}"]
     subprocess.run([*compiler.split(), *flags, str(source), "-o", str(program)], check=True)
     done = subprocess.run([str(program)], capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.startswith("checked 64"), done.stdout
+    assert done.returncode == 0 and done.stdout.startswith("checked 80"), done.stdout
 
 
 @BUILT
