@@ -116,31 +116,35 @@ class PlanePool {
   template <class F>
   PF_INLINE_METHOD void operator()(const T* x, int64_t first, int64_t last, F&& f) {
     int64_t height = in_.height, width = in_.width, pad = cut_.pad_h, tail = width % w;
+    int64_t pad_w = cut_.pad_w, wide = wide_;  // what is stored through vectors may alias members
+    const A* column = column_;
     for (int64_t h = first - pad; h < last + pad; ++h) {
       const T* from = x + h * width;
-      A* to = plane_ + (h - first + pad) * wide_;
+      A* to = plane_ + (h - first + pad) * wide;
       int64_t i = 0;
       if (h < 0 || h >= height) {
-        for (; i < wide_; i += w) store(to + i, Vec<A>{});
+        for (; i < wide; i += w) store(to + i, Vec<A>{});
         continue;
       }
       for (; i + w <= width; i += w) store(to + i, load(from + i));
       if (tail) store(to + i, load_first(from + i, tail, end_));
     }
     for (int64_t h = first; h < last; ++h) {
-      const A* from = plane_ + (h - first) * wide_;
-      A* to = sums_ + (h - first) * stride_ + cut_.pad_w;
+      const A* from = plane_ + (h - first) * wide;
+      A* to = sums_ + (h - first) * stride_ + pad_w;
+      const A* weights = row_ + h - pad;
       for (int64_t i = 0; i < width; i += w) {
-        Vec<A> v = sum_rows<kTransposed, Vec<A>>(from + i, wide_, 2 * pad + 1, row_ + h - pad);
-        if constexpr (kTransposed) v *= load(column_ + i);
+        Vec<A> v = sum_rows<kTransposed, Vec<A>>(from + i, wide, 2 * pad + 1, weights);
+        if constexpr (kTransposed) v *= load(column + i);
         store(to + i, v);
       }
     }
     for (int64_t h = first; h < last; ++h) {
-      const A *sums = sums_ + (h - first) * stride_, *row = plane_ + (h - first + pad) * wide_;
+      const A *sums = sums_ + (h - first) * stride_, *row = plane_ + (h - first + pad) * wide;
+      A inverse = row_[h];
       for (int64_t i = 0; i < width; i += w) {
-        Vec<A> v = sum_columns<Vec<A>>(sums + i, 1, cut_.pad_w), center = load(row + i);
-        if constexpr (!kTransposed) v *= load(column_ + i) * row_[h];
+        Vec<A> v = sum_columns<Vec<A>>(sums + i, 1, pad_w), center = load(row + i);
+        if constexpr (!kTransposed) v *= load(column + i) * inverse;
         f(h * width + i, v - center, center, smaller(width - i, w));
       }
     }
@@ -196,24 +200,26 @@ class RowPool {
   PF_INLINE_METHOD void one_row(const T* x, int64_t h, int64_t start, int64_t wide, F&& f) {
     int64_t channels = in_.channels, width = in_.width, stride = width * channels;
     int64_t top = larger(h - cut_.pad_h, 0);
-    int64_t rows = smaller(h + cut_.pad_h, in_.height - 1) - top + 1;
+    int64_t rows = smaller(h + cut_.pad_h, in_.height - 1) - top + 1, pad = cut_.pad_w;
+    A* sums = sums_;  // what is stored through vectors may alias members
+    const A* row = row_ + top;
     for (int64_t i = 0; i < width; ++i) {
       const T* from = x + top * stride + i * channels + start;
-      A* to = sums_ + (i + cut_.pad_w) * wide;
+      A *to = sums + (i + pad) * wide, column = column_[i];
       for_each_vector<A>(wide, [&](int64_t c, auto lanes) {
         using V = decltype(lanes);
-        V v = sum_rows<kTransposed, V>(from + c, stride, rows, row_ + top);
-        if constexpr (kTransposed) v *= column_[i];
+        V v = sum_rows<kTransposed, V>(from + c, stride, rows, row);
+        if constexpr (kTransposed) v *= column;
         store_as(to + c, v);
       });
     }
     for (int64_t i = 0; i < width; ++i) {
       int64_t at = h * stride + i * channels + start;
+      A inverse = row_[h] * column_[i];
       for_each_vector<A>(wide, [&](int64_t c, auto lanes) {
         using V = decltype(lanes);
-        V v = sum_columns<V>(sums_ + i * wide + c, wide, cut_.pad_w),
-          center = load_as<V>(x + at + c);
-        if constexpr (!kTransposed) v *= row_[h] * column_[i];
+        V v = sum_columns<V>(sums + i * wide + c, wide, pad), center = load_as<V>(x + at + c);
+        if constexpr (!kTransposed) v *= inverse;
         f(at + c, start + c, v - center, center);
       });
     }
