@@ -24,11 +24,12 @@ RECORD = "python -m benchmarks.cuda_launches, on the simulated GPU"
 # of 8 warps has 255.
 MOST_REGISTERS = {"mlp": 255, "": 128}
 MOST_STATIC_SHARED = 16 << 10
+# Kernels for several groups, which PoolFormer does not have: no launch of them is recorded.
+SEVERAL_GROUPS = ("merge_saved_kernel", "merge_moments_kernel", "norm_gradient_kernel")
 # Kernels of the MLP that multiply no matrices.
-WITHOUT_PRODUCTS = ("merge_kernel", "merge_moments_kernel")
-# What still spills, 40 bytes a thread; it goes from here as soon as it does not.
-SPILLING = {("mlp_gemm.cu", "hidden_kernel<Tf32, 64>(MlpForward)", "sm_100")}
-SMALL = ("parameters_kernel", *WITHOUT_PRODUCTS)  # they read no tensor of x's size
+WITHOUT_PRODUCTS = ("fold_kernel", "weights_kernel", "vectors_kernel", *SEVERAL_GROUPS)
+# They read no tensor of x's size, or are for several groups.
+SMALL = ("parameters_kernel", *WITHOUT_PRODUCTS)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +63,7 @@ def faults(row: Row) -> list[str]:
         found.append(f"{row.registers} registers, more than {most}")
     if shared > limit or row.static_shared > MOST_STATIC_SHARED:
         found.append(f"{shared} bytes of shared memory of {limit}, {row.static_shared} static")
-    known = row.threads > 0 or name_of(row) in WITHOUT_PRODUCTS  # one warp for several groups
+    known = row.threads > 0 or name_of(row) in SEVERAL_GROUPS
     if not known or (row.threads and not 0 < row.occupancy <= 1):
         found.append(f"{row.threads} threads, occupancy {row.occupancy}")
     if row.bound and row.threads > row.bound:
@@ -92,7 +93,11 @@ def without_products(row: Row) -> list[str]:
         return []
     if first_argument(row) == "float":
         return []
-    return [] if row.matrix and row.ldmatrix else [f"{row.matrix} matrix instructions"]
+    # Both operands of parts_kernel are transposed, which ldmatrix cannot do with 32 bits.
+    loads = row.ldmatrix or (name_of(row), first_argument(row)) == ("parts_kernel", "Tf32")
+    if row.matrix and loads:
+        return []
+    return [f"{row.matrix} matrix instructions, {row.ldmatrix} loads of matrices"]
 
 
 def test_the_table_is_that_of_the_kernels(table) -> None:
@@ -118,7 +123,7 @@ CHECKS: list[Callable[[Row], list[str]]] = [faults, narrow, without_products]
 def test_limits_are_kept(table, check: Callable[[Row], list[str]]) -> None:
     assert len(table) > 500
     bad = {row.key: check(row) for row in table if check(row)}
-    assert bad.keys() == (SPILLING if check is faults else set()), bad
+    assert not bad, bad
 
 
 def test_every_launch_is_of_a_kernel_of_the_table(table) -> None:
@@ -262,7 +267,7 @@ def test_only_what_changed_is_compiled_again(table, monkeypatch, tmp_path, capsy
     tools = ("nvcc", old.nvcc, "cuobjdump", GPUS)
     monkeypatch.setattr(cuda_resources, "find_tools", lambda: tools)
     monkeypatch.setattr(cuda_resources, "compiled", compiled)
-    assert cuda_resources.main(["--out", str(path)]) == bool(SPILLING)
+    assert cuda_resources.main(["--out", str(path)]) == 0
     assert asked == [(old.source, old.target)] and cuda_resources.read(path) == table
     assert "1 files compiled" in capsys.readouterr().out
 
