@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,6 @@ from cases import KERNELS
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, Dataset
 
 import poolformer_kernels as pk
 
@@ -218,30 +218,49 @@ def test_grad_scaler_steps_back_from_an_overflow(fused: nn.Module, pixels: Tenso
     assert all(torch.equal(p, old) for p, old in zip(fused.parameters(), before, strict=True))
 
 
-class Embedded(Dataset):
-    """Images through a model, in the loader's workers."""
+WORKERS = """
+import sys
 
-    def __init__(self, model: nn.Module, pixels: Tensor) -> None:
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+import poolformer_kernels as pk
+
+
+class Embedded(Dataset):
+    def __init__(self, model, pixels):
         self.model, self.pixels = model, pixels
 
-    def __len__(self) -> int:
+    def __len__(self):
         return len(self.pixels)
 
-    def __getitem__(self, index: int) -> Tensor:
+    def __getitem__(self, index):
         torch.set_num_threads(1)
         with torch.no_grad():
             return self.model(self.pixels[index : index + 1]).logits[0].clone()
 
 
+if __name__ == "__main__":
+    config = pk.PoolFormerConfig(hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1], num_labels=5)
+    model = pk.accelerate(pk.PoolFormerForImageClassification(config).eval(), sys.argv[1])
+    data = Embedded(model, torch.randn(2, 3, 64, 64))
+    expected = torch.stack([data[0], data[1]])
+    (result,) = DataLoader(
+        data, batch_size=2, num_workers=2, multiprocessing_context=sys.argv[2], timeout=120
+    )
+    torch.testing.assert_close(result, expected)
+    print("equal")
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 @pytest.mark.parametrize("backend", KERNELS)
-def test_loader_workers(backend: str, method: str, pixels: Tensor) -> None:
-    model = pk.accelerate(own().eval(), backend)
-    with torch.no_grad():
-        expected = torch.cat([model(pixels[i : i + 1]).logits for i in range(2)])
-    loader = DataLoader(
-        Embedded(model, pixels), batch_size=2, num_workers=2, multiprocessing_context=method
-    )
-    (result,) = loader
-    torch.testing.assert_close(result, expected)
+def test_loader_workers(
+    backend: str, method: str, run_python: Callable[..., Any], tmp_path: Path
+) -> None:
+    """In a process of its own: a fork of one with many libraries' threads may hang or abort."""
+    program = tmp_path / "workers.py"
+    program.write_text(WORKERS)
+    done = run_python(str(program), backend, method)
+    assert done.stdout.strip() == "equal", done.stderr
