@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -125,6 +126,20 @@ def add_rates(rows: list[dict[str, Any]]) -> None:
         row["images_s"] = row["batch"] / row["median_ms"] * 1e3
 
 
+def conclude(
+    rows: list[dict[str, Any]], red: list[str], path: Path, machine: dict[str, Any], title: str
+) -> int:
+    """Says what the gate stopped, writes the CSV and its chart; the exit code."""
+    for line in red:
+        print(f"WRONG: {line}", file=sys.stderr)
+    if rows:
+        write_csv(path, rows, machine)
+        print(f"wrote {path} and {plots.plot_models(path, title)}")
+        slower = [row for row in rows if row["speedup"] < 1]
+        print(f"{len(slower)} of {len(rows)} rows are slower than their baseline")
+    return 1 if red else 0
+
+
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__, 15, RESULTS)
     parser.add_argument("--variants", nargs="+", default=["s12"], choices=VARIANTS)
@@ -171,14 +186,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(table(fresh, COLUMNS))
         rows += fresh
         red += wrong
-    for line in red:
-        print(f"WRONG: {line}", file=sys.stderr)
-    if rows:
-        path = write_csv(options.out / "model.csv", rows, machine)
-        print(f"wrote {path} and {plots.plot_models(path)}")
-        slower = [row for row in rows if row["speedup"] < 1]
-        print(f"{len(slower)} of {len(rows)} rows are slower than their baseline")
-    return 1 if red else 0
+    return conclude(rows, red, options.out / "model.csv", machine, "Models: time per batch")
 
 
 if __name__ == "__main__":

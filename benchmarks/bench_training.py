@@ -23,29 +23,17 @@ from tqdm import tqdm
 
 from poolformer_kernels.models.poolformer.variants import VARIANTS
 
-from . import plots, training
-from .bench_model import add_rates
+from . import bench_model, training
+from .bench_model import add_rates, conclude
 from .harness import Case, Contender, Disagreement, gate, measure, summarize
 from .memory import keep_freed_memory, peak_memory
 from .models import EAGER_SOURCE, Setting
 from .op_cases import LAYOUTS
 from .options import make_parser, prepare
-from .report import RESULTS, table, write_csv
+from .report import RESULTS, table
 from .training import MODES, Trainer
 
-COLUMNS = {
-    "variant": "model|<",
-    "dtype": "mode|<8",
-    "batch": "batch|5d",
-    "contender": "contender|<24",
-    "median_ms": "median ms|9.1f",
-    "p20_ms": "p20|8.1f",
-    "p80_ms": "p80|8.1f",
-    "images_s": "images/s|8.1f",
-    "speedup": "speed-up|8.2f",
-    "peak_mib": "peak MiB|8.0f",
-    "error": "rel. error|10.1e",
-}
+COLUMNS = bench_model.COLUMNS | {"dtype": "mode|<8"}
 
 
 def bench(
@@ -140,14 +128,7 @@ def main(arguments: list[str] | None = None) -> int:
         add_rates(fresh)
         print(table(fresh, COLUMNS))
         rows += fresh
-    for line in red:
-        print(f"WRONG: {line}", file=sys.stderr)
-    if rows:
-        path = write_csv(options.out / "training.csv", rows, machine)
-        print(f"wrote {path} and {plots.plot_models(path, 'Training: time per step')}")
-        slower = [row for row in rows if row["speedup"] < 1]
-        print(f"{len(slower)} of {len(rows)} rows are slower than their baseline")
-    return 1 if red else 0
+    return conclude(rows, red, options.out / "training.csv", machine, "Training: time per step")
 
 
 if __name__ == "__main__":
