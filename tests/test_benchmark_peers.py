@@ -12,27 +12,17 @@ import torch
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
-from benchmarks import bench_model, bench_training, models, peers, training
+from benchmarks import bench_model, bench_training, peers, training
 from benchmarks.models import CONTENDERS, Setting, Unavailable, exact_logits
 from benchmarks.report import read_csv
-from poolformer_kernels import PoolFormerConfig, PoolFormerForImageClassification
 
+pytestmark = pytest.mark.usefixtures("threads")  # --threads sets them
 SMALL = ["--image-size", "32", "--rounds", "1", "--threads", "1", "--no-memory"]
 
 
-@pytest.fixture(autouse=True)
-def keep_threads():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> Setting:
-    folder = tmp_path_factory.mktemp("tiny")
-    config = PoolFormerConfig(depths=[1, 2, 1, 1], hidden_sizes=[8, 16, 8, 8], num_labels=30)
-    models.seed(PoolFormerForImageClassification(config)).save_pretrained(folder)
-    return Setting(checkpoint=str(folder))
+@pytest.fixture
+def tiny(tiny_checkpoint: str) -> Setting:
+    return Setting(checkpoint=tiny_checkpoint)
 
 
 @pytest.mark.parametrize(

@@ -15,28 +15,16 @@ pytest.importorskip("tqdm")
 
 from benchmarks import bench_model, bench_ops, checkpoint, demo, models, photographs, plots
 from benchmarks.report import read_csv, write_csv
-from poolformer_kernels import (
-    PoolFormerConfig,
-    PoolFormerForImageClassification,
-    PoolFormerImageProcessor,
-)
+from poolformer_kernels import PoolFormerImageProcessor
 
-
-@pytest.fixture(autouse=True)
-def keep_threads():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("threads")  # --threads sets them
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> str:
+def tiny(tiny_checkpoint: str) -> str:
     """A folder with a small PoolFormer and its processor, as save_pretrained writes them."""
-    folder = tmp_path_factory.mktemp("tiny")
-    config = PoolFormerConfig(depths=[1, 2, 1, 1], hidden_sizes=[8, 16, 8, 8], num_labels=30)
-    models.seed(PoolFormerForImageClassification(config)).save_pretrained(folder)
-    PoolFormerImageProcessor(size=64, crop_size=64).save_pretrained(folder)
-    return str(folder)
+    PoolFormerImageProcessor(size=64, crop_size=64).save_pretrained(tiny_checkpoint)
+    return tiny_checkpoint
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -33,21 +33,6 @@ CASES = [  # beyond those of test_ops: parts of pixels and of the hidden, tails 
     Case((1, 512, 7, 7), hidden=900),
     Case((1, 3, 130, 70), pool_size=5, affine=False),
 ]
-
-
-@pytest.fixture(params=C.cpu_capabilities())
-def capability(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = C.cpu_capability()
-    C.set_cpu_capability(request.param)
-    yield request.param
-    C.set_cpu_capability(before)
-
-
-@pytest.fixture
-def threads() -> Iterator[Callable[[int], None]]:
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 @cache

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import cases
@@ -32,21 +32,6 @@ CASES = [  # beyond those of test_ops: several tiles, splits of the hidden, tail
     Case((1, 512, 7, 7), hidden=900),
     Case((1, 3, 130, 70), pool_size=5, affine=False),
 ]
-
-
-@pytest.fixture(params=CAPABILITIES)
-def capability(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = C.cpu_capability()
-    C.set_cpu_capability(request.param)
-    yield request.param
-    C.set_cpu_capability(before)
-
-
-@pytest.fixture
-def threads() -> Iterator[Callable[[int], None]]:
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 def arguments(
