@@ -50,9 +50,7 @@ def bench(
         checks.append(Contender(full_name, partial(trainer.check, data)))
         steps.append(Contender(full_name, partial(trainer.step, data)))
     dtype = torch.float32 if mode == "float32" else torch.bfloat16
-    errors = gate(
-        Case(labels, checks, torch.enable_grad()(partial(training.exact, setting, batch)), dtype)
-    )
+    errors = gate(Case(labels, checks, partial(training.exact, setting, batch), dtype))
     with tqdm(total=len(steps) * options.rounds, unit=" steps", disable=None) as bar:
         samples = measure(steps, options.rounds, warmup=2, device=setting.device, tick=bar.update)
     baseline = statistics.median(samples[steps[0].name])

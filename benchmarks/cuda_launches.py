@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from poolformer_kernels import backends, ops
+from poolformer_kernels import ops
 
 from . import counting
 from .op_cases import DTYPES, LAYOUTS, make_arguments, stage_shapes
@@ -58,7 +58,7 @@ class CudaLaunch:
 
 @dataclass(frozen=True)
 class Use:
-    """A call of an op, forward and, where the kernels are there, backward. shape: (B, C, H, W)."""
+    """A call of an op, forward and backward. shape: (B, C, H, W)."""
 
     op: str
     shape: tuple[int, ...]
@@ -92,17 +92,12 @@ def run(use: Use) -> None:
     del arguments["x"]
     arguments = {name: value.to("cuda", DTYPES[kind]) for name, value in arguments.items()}
     options: dict[str, Any] = {"pool_size": use.pool_size} if use.op == "pool_mixer" else {}
-    act = "gelu" if use.op == "mlp" else None
-    call = backends.Call(use.op, "cuda", x.dtype, act, grad=True)
-    trains = backends.BACKENDS["cuda"](call) is None
     values = [x, *arguments.values()]
-    with torch.set_grad_enabled(trains):
-        for value in values:
-            value.requires_grad_(trains)
-        with torch.autocast("cuda", DTYPES.get(products), enabled=bool(products)):
-            y = getattr(ops, use.op)(x, **arguments, **options, backend="cuda")
-        if trains:
-            torch.autograd.grad(y, values, torch.randn_like(y))
+    for value in values:
+        value.requires_grad_()
+    with torch.autocast("cuda", DTYPES.get(products), enabled=bool(products)):
+        y = getattr(ops, use.op)(x, **arguments, **options, backend="cuda")
+    torch.autograd.grad(y, values, torch.randn_like(y))
 
 
 def recorded(use: Use) -> list[CudaLaunch]:

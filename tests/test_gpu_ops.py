@@ -15,7 +15,6 @@ from kernel_checks import BACKENDS, NO_CUDA, NO_TRITON
 from torch import Tensor
 
 import poolformer_kernels as pk
-from benchmarks.plans import Plan
 from poolformer_kernels import modules, reference
 from poolformer_kernels.ops import _common
 
@@ -148,7 +147,7 @@ def test_autograd_saves_the_hidden_only_if_asked_to(backend: str, dtype: torch.d
 
 @contextmanager
 def running(backend: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[set[tuple[str, str, str]]]:
-    """In this context our models run on `backend`, and their MLP on "auto" where it cannot.
+    """In this context our models run on `backend`.
 
     Gives the (op, direction, backend) of every GPU kernel that is asked for.
     """
@@ -159,7 +158,7 @@ def running(backend: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[set[tuple
         asked.add((op, direction, backend))
         return find(op, direction, backend)
 
-    with monkeypatch.context() as patched, Plan(backend, otherwise="auto").chosen():
+    with monkeypatch.context() as patched, pk.use_backend(backend):
         patched.setattr(_common, "gpu_kernel", gpu_kernel)
         yield asked
 

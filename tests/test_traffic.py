@@ -144,24 +144,6 @@ def test_a_plan_that_keeps_the_hidden_asks_the_mlp_to(monkeypatch: pytest.Monkey
     assert [options["save_hidden"] for options in asked] == [False, True]
 
 
-def test_a_plan_takes_another_backend_for_what_its_own_cannot(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def no_gradients(call: backends.Call) -> str | None:
-        return "it has no gradients" if call.grad else None
-
-    def chosen(grad: bool) -> str:
-        return backends.resolve("mlp", "cpu", torch.float32, "relu", grad)
-
-    monkeypatch.setitem(backends.BACKENDS, "cuda", no_gradients)
-    with Plan("cuda", otherwise="torch").chosen():
-        assert [chosen(grad) for grad in (False, True)] == ["cuda", "torch"]
-    with Plan("cuda").chosen(), pytest.raises(backends.BackendUnavailable, match="no gradients"):
-        chosen(True)
-    assert PLANS["cuda"].otherwise == "triton"
-    assert not any(key[0] == "cuda" for key in backends._resolved)
-
-
 def test_cuda_is_shown_beside_triton(capsys: pytest.CaptureFixture[str]) -> None:
     assert traffic.main(["--show"]) == 0
     header, *lines = capsys.readouterr().out.splitlines()
