@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -26,7 +27,10 @@ LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 
 @dataclass(frozen=True)
 class Setting:
-    """One cell of the grid. shape: (B, C, H, W) of x; layout: x's; record: autograd records it."""
+    """One cell of the grid.
+
+    shape: (B, C, H, W) of the result; layout: x's; record: whether autograd records the call.
+    """
 
     op: str
     shape: tuple[int, ...]
@@ -65,14 +69,41 @@ def stage_shapes(variant: str, batch: int, image_size: int = 224) -> list[tuple[
     return [(batch, size, edge, edge) for size, edge in zip(sizes, edges, strict=True)]
 
 
+def geometry(op: str, shape: tuple[int, ...]) -> dict[str, Any]:
+    """The options with which `op` gives a result of `shape` in the released models."""
+    if op != "patch_embed":
+        return {}
+    stem = all(shape[1] not in variant.hidden_sizes[1:] for variant in VARIANTS.values())
+    return {"stride": 4, "padding": 2} if stem else {"stride": 2, "padding": 1}
+
+
+def _window(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """Input channels, kernel and stride of the embedding whose result has `shape`."""
+    stride = geometry("patch_embed", shape)["stride"]
+    narrower = [
+        before
+        for variant in VARIANTS.values()
+        for before, after in pairwise(variant.hidden_sizes)
+        if after == shape[1]
+    ]
+    return (narrower[0], 3, stride) if narrower else (3, 7, stride)
+
+
 def make_arguments(op: str, shape: tuple[int, ...]) -> dict[str, Tensor]:
-    """float64 arguments of `op` for x of `shape`, at the scales that trained models have."""
+    """float64 arguments of `op` for a result of `shape`, at the scales that trained models have."""
     generator = torch.Generator().manual_seed(0)
     channels, hidden = shape[1], 4 * shape[1]
 
     def normal(*size: int, std: float = 1.0, mean: float = 0.0) -> Tensor:
         return torch.randn(*size, generator=generator, dtype=torch.float64) * std + mean
 
+    if op == "patch_embed":
+        inputs, kernel, stride = _window(shape)
+        return {
+            "x": normal(shape[0], inputs, stride * shape[2], stride * shape[3]),
+            "weight": normal(channels, inputs, kernel, kernel, std=inputs**-0.5 / kernel),
+            "bias": normal(channels, std=0.1),
+        }
     x = normal(*shape, mean=0.5)
     weight, bias = normal(channels, std=0.2, mean=1.0), normal(channels, std=0.2)
     if op == "group_norm":
@@ -103,10 +134,11 @@ def make_step(
 ) -> Callable[[], list[Tensor]]:
     """Forward and backward: the output and the gradient of every argument."""
     leaves = {name: value.detach().requires_grad_() for name, value in arguments.items()}
-    x = arguments["x"]
-    upstream = torch.empty(x.shape, dtype=torch.float64)
+    with torch.no_grad():
+        y = function(**arguments)
+    upstream = torch.empty(y.shape, dtype=torch.float64)
     upstream.normal_(generator=torch.Generator().manual_seed(1))
-    upstream = torch.empty_like(x).copy_(upstream.float())  # x's dtype, device and layout
+    upstream = torch.empty_like(y).copy_(upstream.float())  # y's dtype, device and layout
 
     @torch.enable_grad()
     def step() -> list[Tensor]:
@@ -123,8 +155,11 @@ def make_case(setting: Setting, names: Sequence[str]) -> Case:
     arguments = {name: value.to(DTYPES[setting.dtype]) for name, value in exact.items()}
     rounded = {name: value.double() for name, value in arguments.items()}
     arguments = {name: value.to(setting.device) for name, value in arguments.items()}
-    arguments["x"] = arguments["x"].contiguous(memory_format=LAYOUTS[setting.layout])
-    plain, fused = getattr(reference, setting.op), getattr(ops, setting.op)
+    for name in ("x", "weight") if setting.op == "patch_embed" else ("x",):
+        arguments[name] = arguments[name].contiguous(memory_format=LAYOUTS[setting.layout])
+    fixed = geometry(setting.op, setting.shape)
+    plain = partial(getattr(reference, setting.op), **fixed)
+    fused = partial(getattr(ops, setting.op), **fixed)
     contenders = [Contender("torch", make(plain, arguments))]
     for name in names:
         if setting.why_not(name) is None:

@@ -18,6 +18,13 @@ inline cpu::Dtype dtype_of(const Tensor& t) {
   return t.scalar_type() == at::kHalf ? cpu::Dtype::kFloat16 : cpu::Dtype::kFloat64;
 }
 
+// A dense tensor as kernels see it; one group.
+inline cpu::Image image_of(const Tensor& t) {
+  bool channels_last = t.suggest_memory_format() == at::MemoryFormat::ChannelsLast;
+  return {t.const_data_ptr(), dtype_of(t), channels_last, t.size(0),
+          t.size(1),          t.size(2),   t.size(3),     1};
+}
+
 // An op's x in the memory format of its output, and the output.
 struct Tensors {
   Tensor x, out;
@@ -27,11 +34,8 @@ struct Tensors {
   Tensors(const Tensor& input, int64_t num_groups) : format(input.suggest_memory_format()) {
     x = input.contiguous(format);
     out = at::empty(x.sizes(), x.options().memory_format(format));
-    image.data = x.const_data_ptr();
-    image.channels_last = format == at::MemoryFormat::ChannelsLast;
-    image.dtype = dtype_of(x);
-    image.batch = x.size(0), image.channels = x.size(1);
-    image.height = x.size(2), image.width = x.size(3), image.groups = num_groups;
+    image = image_of(x);
+    image.groups = num_groups;
   }
 };
 

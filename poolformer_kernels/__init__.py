@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from . import backends, ops, reference
 from ._version import __version__
 from .backends import BackendUnavailable, use_backend
+from .embeddings import PatchEmbed
 from .models.poolformer import (
     PoolFormerBackbone,
     PoolFormerConfig,
@@ -13,7 +14,7 @@ from .models.poolformer import (
     convert_state_dict,
 )
 from .modules import GroupNorm, Mlp, PoolFormerBlock, PoolMixer
-from .ops import group_norm, mlp, pool_mixer
+from .ops import group_norm, mlp, patch_embed, pool_mixer
 from .patch import accelerate, report, restore
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ __all__ = [
     "BackendUnavailable",
     "GroupNorm",
     "Mlp",
+    "PatchEmbed",
     "PoolFormerBackbone",
     "PoolFormerBlock",
     "PoolFormerConfig",
@@ -38,6 +40,7 @@ __all__ = [
     "group_norm",
     "mlp",
     "ops",
+    "patch_embed",
     "pool_mixer",
     "reference",
     "report",

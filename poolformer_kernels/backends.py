@@ -21,7 +21,7 @@ from torch.jit import is_tracing
 
 from . import _extension
 
-OPS = ("pool_mixer", "mlp", "group_norm")
+OPS = ("pool_mixer", "mlp", "group_norm", "patch_embed")
 PREFERENCE = ("cuda", "triton", "cpu", "torch")
 
 
@@ -51,6 +51,8 @@ _CPU_DTYPES = (*_GPU_DTYPES, torch.float64)
 
 def _kernel_limits(call: Call, dtypes: tuple[torch.dtype, ...]) -> str | None:
     """What keeps a call from any kernel of our own that is there for `dtypes`."""
+    if call.op == "patch_embed" and call.device != "cpu":
+        return "it leaves convolutions to PyTorch"
     if call.dtype not in dtypes:
         return f"it has no kernel for {call.dtype}"
     if call.act == "callable":
@@ -119,7 +121,9 @@ def _cpu_slower(call: Call) -> str | None:
     if call.dtype == torch.float64:
         return "float64 is there to check gradients, not for speed"
     product = torch.get_autocast_dtype("cpu") if call.autocast else call.dtype
-    if call.op == "mlp" and product in (torch.bfloat16, torch.float16):
+    if call.op == "patch_embed" and product == torch.float32:
+        return "PyTorch's own convolution is as fast"
+    if call.op in ("mlp", "patch_embed") and product in (torch.bfloat16, torch.float16):
         name = "native_bf16" if product == torch.bfloat16 else "native_fp16"
         if getattr(_extension.load(), name)():
             return f"this CPU multiplies {product} natively, which the kernel does not use yet"

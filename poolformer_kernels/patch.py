@@ -2,9 +2,9 @@
 
 A block is changed in place by giving it a subclass of its own class whose forward runs the fused
 ops on the block's own parameters. What calls the blocks of a stage one after another is given such
-a subclass too, so that they hand on statistics (stages.py). Nothing is added to the module tree, so
-names, parameters and state_dict stay; isinstance, deepcopy, pickle and torch.save work;
-restore(model) puts the classes back.
+a subclass too, so that they hand on statistics (stages.py), and so are the convolutions that begin
+stages (embeddings.py). Nothing is added to the module tree, so names, parameters and state_dict
+stay; isinstance, deepcopy, pickle and torch.save work; restore(model) puts the classes back.
 
 Before each forward the block is looked at again. What the fused ops would skip (a hook on an inner
 module, a convolution that LoRA or a quantiser has replaced) sends that block back to its own
@@ -23,6 +23,7 @@ from torch import nn
 
 from . import backends
 from .blocks import FAMILIES, activation_name, family_of, pool_size, unchanged, why_not
+from .embeddings import PatchEmbed, accelerate_embeddings, restore_embeddings
 from .modules import GroupNorm, Mlp, PoolFormerBlock, PoolMixer, fused_block
 from .stages import link, unlink
 from .subclasses import original_class, with_forward
@@ -30,7 +31,7 @@ from .subclasses import original_class, with_forward
 _BACKEND = "_poolformer_backend"
 _SAVE_HIDDEN = "_poolformer_save_hidden"
 _TYPES = "_poolformer_types"  # of the inner modules when accelerate found the block fit
-_NATIVE = (PoolFormerBlock, PoolMixer, Mlp, GroupNorm)
+_NATIVE = (PoolFormerBlock, PoolMixer, Mlp, GroupNorm, PatchEmbed)
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,7 @@ def accelerate(model: nn.Module, backend: str = "auto", *, save_hidden: bool = F
             warnings.warn(f"accelerate left {where} as it was: {reason}", stacklevel=2)
         else:
             _accelerate_block(module, name, save_hidden)
+    accelerate_embeddings(model, name)
     for module in model.modules():
         link(module)
     return model
@@ -114,6 +116,7 @@ def restore(model: nn.Module) -> nn.Module:
         else:
             _restore_block(module)
             unlink(module)
+    restore_embeddings(model)
     return model
 
 

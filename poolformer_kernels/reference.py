@@ -73,6 +73,18 @@ def _residual(
     return x + branch
 
 
+def patch_embed(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: int | tuple[int, int],
+    padding: int | tuple[int, int] = 0,
+) -> Tensor:
+    """y = conv2d(x). x: (B, C_in, H, W); weight: (C, C_in, kernel height, kernel width)."""
+    return F.conv2d(x, weight, bias, stride, padding)
+
+
 def pool_mixer(
     x: Tensor,
     norm_weight: Tensor | None,

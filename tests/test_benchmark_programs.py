@@ -81,7 +81,7 @@ def test_call_overhead(tmp_path, capsys):
     rows = read_csv(tmp_path / "call_overhead.csv")
     assert {row["autograd"] for row in rows} == {"off", "records"}
     plain = [row for row in rows if row["contender"] == "F.group_norm"]
-    assert len(plain) == 6 and all(row["over_us"] == 0 for row in plain)
+    assert len(plain) == 8 and all(row["over_us"] == 0 for row in plain)
     assert "over F.group_norm" in capsys.readouterr().out
 
 

@@ -199,7 +199,7 @@ def test_peak_memory(capsys):
     assert "no peak memory for {}: AttributeError" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("op", ["pool_mixer", "mlp", "group_norm"])
+@pytest.mark.parametrize("op", ["pool_mixer", "mlp", "group_norm", "patch_embed"])
 @pytest.mark.parametrize("backward", [False, True])
 def test_op_cases_pass_their_gate(op, backward):
     for dtype, layout in itertools.product(("float32", "bfloat16"), ("nchw", "nhwc")):
@@ -208,7 +208,7 @@ def test_op_cases_pass_their_gate(op, backward):
         relative = gate(made)
         assert next(iter(relative)) == "torch" and all(e < 0.1 for e in relative.values())
         outputs = made.contenders[0].run()
-        parameters = {"pool_mixer": 4, "mlp": 8, "group_norm": 3}[op]
+        parameters = {"pool_mixer": 4, "mlp": 8, "group_norm": 3, "patch_embed": 3}[op]
         assert len(outputs) == (1 + parameters if backward else 2)
         x = outputs[0] if backward else outputs
         like = torch.channels_last if layout == "nhwc" else torch.contiguous_format

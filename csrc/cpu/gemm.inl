@@ -7,8 +7,6 @@
 namespace poolformer::cpu::POOLFORMER_ISA {
 
 constexpr int kRows = POOLFORMER_ROWS;  // kRows x 2 vectors of sums, 2 + 1 more: all registers
-template <class A>
-constexpr int kPanel = 2 * kLanes<A>;  // lanes of a panel; the last may use one vector only
 
 // Element (i, k) of a left operand is at i * stride + k, or, where it is kept in columns, at
 // k * stride + i.

@@ -1,4 +1,5 @@
 // The kernels for any CPU.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <type_traits>

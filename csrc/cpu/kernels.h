@@ -139,6 +139,22 @@ struct MlpBackwardArgs {
   double* scale_sums;   // (panels, channels), of fc2_weight times its unscaled gradient
 };
 
+struct PatchEmbedArgs {
+  Image in, out;  // out.data is null
+  void* y;
+  const void* weight;                        // (out.channels, in.channels, kernel), dense
+  bool weight_channels_last;                 // its memory is (out.channels, kernel, in.channels)
+  const void* bias;                          // (out.channels) or null
+  int64_t kernel[2], stride[2], padding[2];  // of height and width
+  int64_t threads;
+  // Set by patch_embed_plan. A task is one part of the output channels for one tile of panels of
+  // output pixels; no sum depends on the cut.
+  int64_t panels, tiles, parts;
+  int64_t band_rows;  // at most, for a tile
+
+  int64_t depth() const { return in.channels * kernel[0] * kernel[1]; }
+};
+
 // Every function works on tasks [begin, end).
 struct Kernels {
   const char* name;
@@ -162,6 +178,8 @@ struct Kernels {
   void (*mlp_backward)(const MlpBackwardArgs&, int64_t begin, int64_t end);         // parts * parts
   void (*mlp_backward_add)(const MlpBackwardArgs&, int64_t begin, int64_t end);     // batch
   void (*mlp_backward_finish)(const MlpBackwardArgs&, int64_t begin, int64_t end);  // panels
+  void (*patch_embed_plan)(PatchEmbedArgs&);
+  void (*patch_embed)(const PatchEmbedArgs&, int64_t begin, int64_t end);  // tiles * parts
 };
 
 extern const Kernels kernels_default, kernels_avx2, kernels_avx512;

@@ -4,6 +4,7 @@
 #include "group_norm_backward.inl"
 #include "mlp.inl"
 #include "mlp_backward.inl"
+#include "patch_embed.inl"
 #include "pool_mixer.inl"
 #include "pool_mixer_backward.inl"
 #include "statistics.inl"
@@ -69,6 +70,8 @@ extern const Kernels POOLFORMER_TABLE = {POOLFORMER_NAME,
                                          POOLFORMER_ISA::mlp_backward_pack,
                                          POOLFORMER_ISA::mlp_backward,
                                          POOLFORMER_ISA::mlp_backward_add,
-                                         POOLFORMER_ISA::mlp_backward_finish};
+                                         POOLFORMER_ISA::mlp_backward_finish,
+                                         POOLFORMER_ISA::patch_embed_plan,
+                                         POOLFORMER_ISA::patch_embed};
 
 }  // namespace poolformer::cpu

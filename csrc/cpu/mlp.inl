@@ -84,58 +84,6 @@ static void pack_run(const Image& in, const Run& run, const Acc<T>* center, cons
   }
 }
 
-// z of one run from sums (channels, lanes): x + gain sums + shift.
-template <class T>
-static void write_run(const Image& in, T* out, const Run& run, const Acc<T>* sums,
-                      const Acc<T>* gain, const Acc<T>* shift) {
-  using A = Acc<T>;
-  constexpr int w = kLanes<A>, n = kPanel<A>;
-  int64_t channels = in.channels, pixels = in.pixels(), image = run.image * channels * pixels;
-  const T* x = as<T>(in.data) + image;
-  T* z = out + image;
-  if (!in.channels_last) {
-    for (int64_t c = 0; c < channels; ++c) {
-      const A* from = sums + c * n + run.lane;
-      int64_t at = c * pixels + run.pixel;
-      int i = 0;
-      for (; i + w <= run.count; i += w) {
-        store(z + at + i, load(x + at + i) + (load(from + i) * gain[c] + shift[c]));
-      }
-      for (; i < run.count; ++i)
-        store1(z + at + i, load1(x + at + i) + (from[i] * gain[c] + shift[c]));
-    }
-    return;
-  }
-  int lane = 0;
-  int64_t base = run.pixel * channels;
-  for (; lane + w <= run.count; lane += w) {
-    int64_t c = 0;
-    for (; c + w <= channels; c += w) {
-      Vec<A> a = load(gain + c), b = load(shift + c), rows[w];
-#pragma GCC unroll 16
-      for (int i = 0; i < w; ++i) rows[i] = load(sums + (c + i) * n + run.lane + lane);
-      transpose<A>(rows);
-#pragma GCC unroll 16
-      for (int i = 0; i < w; ++i) {
-        int64_t at = base + (lane + i) * channels + c;
-        store(z + at, load(x + at) + (rows[i] * a + b));
-      }
-    }
-    for (; c < channels; ++c) {
-      for (int i = lane; i < lane + w; ++i) {
-        int64_t at = base + i * channels + c;
-        store1(z + at, load1(x + at) + (sums[c * n + run.lane + i] * gain[c] + shift[c]));
-      }
-    }
-  }
-  for (; lane < run.count; ++lane) {
-    for (int64_t c = 0; c < channels; ++c) {
-      int64_t at = base + lane * channels + c;
-      store1(z + at, load1(x + at) + (sums[c * n + run.lane + lane] * gain[c] + shift[c]));
-    }
-  }
-}
-
 // Writes h + bias of `lanes` pixels as rows (pixels, hidden): h (size, lanes), hidden channels from
 // `start` on, `first` the first pixel.
 template <class T>
@@ -218,7 +166,10 @@ static void write_panel(const MlpArgs& args, int64_t panel, const Acc<T>* sums, 
         gain[c] *= ka;
       }
     }
-    write_run<T>(in, out, run, sums, gain, shift);
+    const T* x = as<T>(in.data) + run.image * in.channels * in.pixels();
+    write_run<T>(in, 0, in.channels, run, sums, out, [&](auto sum, int64_t at, auto of) {
+      return load_as<decltype(sum)>(x + at) + (sum * of(gain) + of(shift));
+    });
     for (int64_t g = 0; args.partials && g < in.groups; ++g) {
       int64_t slot = panel - run.image * in.pixels() / kPanel<A>;
       args.partials[(run.image * in.groups + g) * args.slots + slot] =

@@ -108,4 +108,51 @@ static void write_rows_of_run(const Image& in, const A* rows, int64_t stride, co
   }
 }
 
+// Writes one run of sums (rows, lanes), channels [first, first + rows) of out: finish(sum, at, of),
+// where `at` is the place in the image and of(values) the values of the channels.
+template <class T, class F>
+static void write_run(const Image& image, int64_t first, int64_t rows, const Run& run,
+                      const Acc<T>* sums, T* out, F&& finish) {
+  using A = Acc<T>;
+  constexpr int w = kLanes<A>, n = kPanel<A>;
+  int64_t channels = image.channels, pixels = image.pixels();
+  out += run.image * channels * pixels;
+  if (!image.channels_last) {
+    for (int64_t r = 0; r < rows; ++r) {
+      const A* from = sums + r * n + run.lane;
+      int64_t at = (first + r) * pixels + run.pixel;
+      for_each_vector<A>(run.count, [&](int64_t i, auto lanes) {
+        using V = decltype(lanes);
+        auto of = [&](const A* values) { return splat_as<V>(values[first + r]); };
+        store_as(out + at + i, finish(load_as<V>(from + i), at + i, of));
+      });
+    }
+    return;
+  }
+  auto write = [&](int64_t lane, int64_t r, auto sum) {
+    using V = decltype(sum);
+    int64_t at = (run.pixel + lane) * channels + first + r;
+    auto of = [&](const A* values) { return load_as<V>(values + first + r); };
+    store_as(out + at, finish(sum, at, of));
+  };
+  int lane = 0;
+  for (; lane + w <= run.count; lane += w) {
+    int64_t r = 0;
+    for (; r + w <= rows; r += w) {
+      Vec<A> block[w];
+#pragma GCC unroll 16
+      for (int i = 0; i < w; ++i) block[i] = load(sums + (r + i) * n + run.lane + lane);
+      transpose<A>(block);
+#pragma GCC unroll 16
+      for (int i = 0; i < w; ++i) write(lane + i, r, block[i]);
+    }
+    for (; r < rows; ++r) {
+      for (int i = lane; i < lane + w; ++i) write(i, r, sums[r * n + run.lane + i]);
+    }
+  }
+  for (; lane < run.count; ++lane) {
+    for (int64_t r = 0; r < rows; ++r) write(lane, r, sums[r * n + run.lane + lane]);
+  }
+}
+
 }  // namespace poolformer::cpu::POOLFORMER_ISA

@@ -27,6 +27,8 @@ struct VectorOf {
 template <class A>
 constexpr int kLanes = kBytes / sizeof(A);
 template <class A>
+constexpr int kPanel = 2 * kLanes<A>;  // lanes of a panel; the last may use one vector only
+template <class A>
 using Vec = typename VectorOf<A, kLanes<A>>::type;
 
 template <class T>
@@ -242,6 +244,12 @@ template <class T, class V>
 PF_INLINE void store_as(T* p, V value) {
   if constexpr (std::is_same_v<V, Acc<T>>) store1(p, value);
   if constexpr (std::is_same_v<V, Vec<Acc<T>>>) store(p, value);
+}
+
+template <class V, class A>
+PF_INLINE V splat_as(A value) {
+  if constexpr (std::is_same_v<V, A>) return value;
+  if constexpr (std::is_same_v<V, Vec<A>>) return splat(value);
 }
 
 // Calls f(i, V{}) to cover [0, n): V a vector as often as one fits, then one value.

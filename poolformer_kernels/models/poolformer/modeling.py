@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ...embeddings import PatchEmbed
 from ...modules import GroupNorm, PoolFormerBlock
 from ...ops._common import is_autocast
 from ...stages import links
@@ -26,7 +27,7 @@ class PoolFormerEmbeddings(nn.Module):
         self, in_channels: int, channels: int, kernel_size: int, stride: int, padding: int
     ) -> None:
         super().__init__()
-        self.projection = nn.Conv2d(in_channels, channels, kernel_size, stride, padding)
+        self.projection = PatchEmbed(in_channels, channels, kernel_size, stride, padding)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.projection(x)

@@ -1,0 +1,167 @@
+"""patch_embed: the strided convolution that begins a stage, as one product on the CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._prims_common import suggest_memory_format
+
+from .. import _extension, reference
+from ..backends import requested, resolve
+from . import _common as common
+
+common.define(
+    "patch_embed_fwd(Tensor x, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, "
+    "str backend) -> Tensor"
+)
+
+
+def _fake_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    backend: str,
+) -> Tensor:
+    sizes = (
+        (x.shape[2 + i] + 2 * padding[i] - weight.shape[2 + i]) // stride[i] + 1 for i in (0, 1)
+    )
+    last = torch.channels_last in (suggest_memory_format(x), suggest_memory_format(weight))
+    return x.new_empty((x.shape[0], weight.shape[0], *sizes)).contiguous(
+        memory_format=torch.channels_last if last else torch.contiguous_format
+    )
+
+
+common.register_fake("patch_embed_fwd", _fake_forward)
+_forward_op = torch.ops.poolformer_kernels.patch_embed_fwd.default
+
+
+# Where the CPU has no 16-bit products, PyTorch's convolution backward in them takes ten times as
+# long as in float32.
+_module: Any = _extension.load()
+_SLOW_DTYPES = tuple(
+    dtype
+    for dtype, name in ((torch.bfloat16, "native_bf16"), (torch.float16, "native_fp16"))
+    if _module is not None and not getattr(_module, name)()
+)
+
+
+class PatchEmbedFunction(common.KernelFunction):
+    """Autograd of `patch_embed`: its forward is a kernel, its backward PyTorch's. Saves x."""
+
+    @staticmethod
+    def forward(*args: Any) -> Tensor:
+        return _forward_op(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, bias, ctx.stride, ctx.padding, _ = inputs
+        ctx.save_for_backward(x, weight)
+        ctx.bias_size = None if bias is None else [weight.shape[0]]
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        dtype = torch.float32 if x.dtype in _SLOW_DTYPES else x.dtype
+        wanted = list(ctx.needs_input_grad[:3])
+        grads = torch.ops.aten.convolution_backward(
+            dy.to(dtype),
+            x.to(dtype),
+            weight.to(dtype),
+            ctx.bias_size,
+            ctx.stride,
+            ctx.padding,
+            [1, 1],
+            False,
+            [0, 0],
+            1,
+            wanted,
+        )
+        return *(g.to(x.dtype) if w else None for g, w in zip(grads, wanted, strict=True)), *(
+            None,
+        ) * 3
+
+
+def patch_embed(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: int | tuple[int, int],
+    padding: int | tuple[int, int] = 0,
+    backend: str | None = None,
+) -> Tensor:
+    """y = conv2d(x, weight, bias, stride, padding), PoolFormer's stem and downsampling.
+
+    GPU backends leave it to PyTorch. The backward is PyTorch's everywhere.
+
+    Args:
+        x: (B, C_in, H, W), NCHW or channels_last, float32, bfloat16, float16 or float64.
+        weight: (C, C_in, kernel height, kernel width).
+        bias: (C).
+        stride, padding: of height and width, in pixels; the padding is zeros.
+        backend: "auto", "torch" or "cpu"; see `use_backend`.
+
+    Returns:
+        (B, C, H', W') with H' = (H + 2 padding − kernel height) // stride + 1, in x's dtype;
+        channels_last if x or weight is. Under torch.autocast it has eager's dtype.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, with what would.
+        BackendUnavailable: `backend` cannot run this call.
+
+    Source: torch.nn.functional.conv2d.
+    """
+    stride, padding = _pair("stride", stride, 1), _pair("padding", padding, 0)
+    common.check_input("patch_embed", x, 1, 0.0)
+    autocast = common.is_autocast(x)
+    _check_weight(x, weight, bias, padding, autocast)
+    grad = common.needs_grad(x, weight, bias)
+    name = requested(backend)
+    if name in ("cuda", "triton"):
+        name = "torch"
+    device = common.device_type(x)
+    name = resolve("patch_embed", device, x.dtype, None, grad, autocast, name)
+    if name == "torch":
+        return reference.patch_embed(x, weight, bias, stride=stride, padding=padding)
+    dtype = x.dtype
+    if autocast:
+        dtype = torch.get_autocast_dtype(device)
+        x, weight, bias = common.as_float32(x, weight, bias)
+    args = (x, weight, bias, stride, padding, name)
+    y = PatchEmbedFunction.apply(*args) if grad else _forward_op(*args)
+    return y if y.dtype == dtype else y.to(dtype)
+
+
+def _pair(name: str, value: int | tuple[int, int], least: int) -> tuple[int, int]:
+    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+    if len(pair) != 2 or any(type(v) is not int or v < least for v in pair):
+        raise ValueError(
+            f"patch_embed: {name} is {value!r}; it has to be one or two ints of at least {least}."
+        )
+    return pair
+
+
+def _check_weight(
+    x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, int], autocast: bool
+) -> None:
+    if not isinstance(weight, Tensor):
+        raise TypeError(
+            f"patch_embed: weight is a {type(weight).__name__}; it has to be a torch.Tensor."
+        )
+    shape = tuple(weight.shape)
+    if weight.dim() != 4 or weight.numel() == 0 or shape[1] != x.shape[1]:
+        raise ValueError(
+            f"patch_embed: weight has shape {shape}; x of shape {tuple(x.shape)} needs "
+            f"(C, {x.shape[1]}, kernel height, kernel width)."
+        )
+    common.check_parameter("patch_embed", "weight", weight, weight.shape, x, autocast)
+    common.check_parameter("patch_embed", "bias", bias, shape[:1], x, autocast)
+    if any(x.shape[2 + i] + 2 * padding[i] < shape[2 + i] for i in (0, 1)):
+        raise ValueError(
+            f"patch_embed: x has shape {tuple(x.shape)}; with padding {padding} it is smaller than "
+            f"the window {shape[2:]}. Enlarge the images."
+        )
