@@ -103,7 +103,7 @@ class Mlp(nn.Module):
         layer_scale_init_value: float | None = 1e-5,
         num_groups: int = 1,
         eps: float = 1e-5,
-        save_hidden: bool = False,
+        save_hidden: bool | None = None,
         backend: str | None = None,
     ) -> None:
         super().__init__()
@@ -173,7 +173,8 @@ class PoolFormerBlock(nn.Module):
         use_layer_scale, layer_scale_init_value: whether there are layer scales, and their first
             value.
         num_groups, eps: of both GroupNorms.
-        save_hidden: keep the MLP's hidden for the backward instead of computing it again.
+        save_hidden: keep the MLP's hidden for the backward instead of computing it again; None
+            leaves that to the backend (see `mlp`).
         backend: "auto", "torch", "cpu", "triton" or "cuda"; None leaves the choice to
             `use_backend`.
 
@@ -196,7 +197,7 @@ class PoolFormerBlock(nn.Module):
         layer_scale_init_value: float = 1e-5,
         num_groups: int = 1,
         eps: float = 1e-5,
-        save_hidden: bool = False,
+        save_hidden: bool | None = None,
         backend: str | None = None,
     ) -> None:
         super().__init__()
@@ -263,7 +264,7 @@ def fused_block(
     *,
     pool_size: int,
     act: str | Callable[[Tensor], Tensor],
-    save_hidden: bool = False,
+    save_hidden: bool | None = None,
     backend: str | None = None,
     stats: Tensor | None = None,
     return_stats: bool = False,

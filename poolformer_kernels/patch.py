@@ -49,7 +49,9 @@ class Report:
         return "\n".join(lines)
 
 
-def accelerate(model: nn.Module, backend: str = "auto", *, save_hidden: bool = False) -> nn.Module:
+def accelerate(
+    model: nn.Module, backend: str = "auto", *, save_hidden: bool | None = None
+) -> nn.Module:
     """Let the PoolFormer blocks of `model` run on the fused ops, in place.
 
     Takes models of Hugging Face, timm (poolformer_*) and the original repository, and our own.
@@ -61,7 +63,8 @@ def accelerate(model: nn.Module, backend: str = "auto", *, save_hidden: bool = F
         backend: "torch", "cpu", "triton" or "cuda"; "auto" takes the best one for each call, and
             lets `use_backend` rule.
         save_hidden: in training, keep the MLPs' hiddens for the backward instead of computing them
-            again: three times the memory, one product less (see `mlp`).
+            again: three times the memory, one product less. None leaves that to the backend (see
+            `mlp`).
 
     Returns:
         `model` itself.
@@ -112,7 +115,7 @@ def restore(model: nn.Module) -> nn.Module:
         if isinstance(module, _NATIVE):
             module.backend = None
             if isinstance(module, (PoolFormerBlock, Mlp)):
-                module.save_hidden = False
+                module.save_hidden = None
         else:
             _restore_block(module)
             unlink(module)
@@ -148,7 +151,7 @@ def _check_backend(module: nn.Module, backend: str) -> None:
         backends.resolve(op, parameter.device.type, parameter.dtype, backend=backend)
 
 
-def _accelerate_block(module: nn.Module, backend: str | None, save_hidden: bool) -> None:
+def _accelerate_block(module: nn.Module, backend: str | None, save_hidden: bool | None) -> None:
     family = family_of(module)
     assert family is not None
     module.__class__ = _accelerated(original_class(type(module)))

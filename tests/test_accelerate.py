@@ -65,13 +65,13 @@ def test_the_same_seed_drops_the_same_images(source: Any) -> None:
 def test_save_hidden_reaches_every_mlp(source: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
-    def spy(*args: Any, save_hidden: bool = False, **options: Any) -> Any:
+    def spy(*args: Any, save_hidden: bool | None = False, **options: Any) -> Any:
         seen.append(save_hidden)
         return pk.mlp(*args, save_hidden=save_hidden, **options)
 
     monkeypatch.setattr(pk.modules, "mlp", spy)
     model, x = make(source), torch.randn(1, 3, 32, 32)
-    for expected in (True, False):
+    for expected in (True, False, None):
         logits(pk.accelerate(model, save_hidden=expected), x)
         assert seen == [expected] * BLOCKS
         seen.clear()

@@ -11,9 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import Case
-from torch import Tensor
+from torch import Tensor, nn
 
 import poolformer_kernels as pk
+from benchmarks.saved_bytes import saved_storages
 from poolformer_kernels import _extension, reference
 
 C = _extension.load()
@@ -116,6 +117,28 @@ def test_the_kept_hidden_is_what_the_backward_reads(
         for kept in (hidden, 2 * hidden)
     )
     assert case.shape[0] == 0 or not torch.allclose(once[3], twice[3], rtol=0.01)
+
+
+@pytest.mark.parametrize(
+    ("channels", "autocast", "kept"), [(64, False, False), (256, False, True), (256, True, False)]
+)
+def test_where_the_hidden_is_kept_unasked(channels: int, autocast: bool, kept: bool) -> None:
+    x = torch.randn(1, channels, 3, 3, requires_grad=True)
+    parameters = cases.parameters("mlp", Case(tuple(x.shape)), torch.float32)
+    with torch.autocast("cpu", enabled=autocast), saved_storages(nn.Module()) as saved:
+        pk.mlp(x, *parameters, backend="cpu")
+    hidden = x.numel() * 4 * x.element_size()
+    assert (hidden in [storage.nbytes() for storage in saved.values()]) == kept
+
+
+def test_training_keeps_less_than_a_third_of_what_eager_does() -> None:
+    sizes = []
+    for backend in ("torch", "cpu"):
+        model = pk.PoolFormerForImageClassification(pk.PoolFormerConfig.from_variant("s12"))
+        with pk.use_backend(backend), saved_storages(model) as saved:
+            model.train()(torch.randn(1, 3, 64, 64))
+        sizes.append(sum(storage.nbytes() for storage in saved.values()))
+    assert 0 < sizes[1] < sizes[0] / 3
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
