@@ -94,7 +94,11 @@ def make_case(setting: Setting, forwards: dict[str, Forward], pixels: Tensor) ->
         "device": setting.device,
     }
     contenders = [
-        Contender(name, partial(forward, placed[name.rsplit(", ", 1)[1]]))
+        Contender(
+            name,
+            partial(forward, placed[name.rsplit(", ", 1)[1]]),
+            slack=8 if name.rsplit(", ", 1)[0] in PEERS else 2,
+        )
         for name, forward in forwards.items()
     ]
     truth = partial(exact_logits, setting, pixels)

@@ -4,6 +4,8 @@
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 
+#include <algorithm>
+#include <atomic>
 #include <string>
 #include <vector>
 
@@ -64,9 +66,35 @@ class Factors {
   Tensor tensor_;
 };
 
+// Calls f(begin, end) to cover [0, tasks), `grain` or more at a time. A thread begins with its
+// share, the same in every op, and then takes what others have left: one that the machine holds up
+// does not hold up the rest.
 template <class F>
 inline void run(int64_t tasks, int64_t grain, F&& f) {
-  at::parallel_for(0, tasks, grain, f);
+  int64_t threads = std::min<int64_t>(at::get_num_threads(), (tasks + grain - 1) / grain);
+  if (threads <= 1 || at::in_parallel_region()) {
+    if (tasks > 0) f(0, tasks);
+    return;
+  }
+  constexpr int64_t kTakes = 8;  // of a share, if no one else takes any
+  int64_t step = std::max(grain, tasks / (threads * kTakes));
+  struct alignas(64) Share {
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
+  std::vector<Share> shares(threads);
+  for (int64_t i = 0; i < threads; ++i) {
+    shares[i].next = i * tasks / threads;
+    shares[i].end = (i + 1) * tasks / threads;
+  }
+  at::parallel_for(0, threads, 1, [&](int64_t first, int64_t) {
+    for (int64_t i = 0; i < threads; ++i) {
+      Share& share = shares[(first + i) % threads];
+      for (int64_t begin; (begin = share.next.fetch_add(step)) < share.end;) {
+        f(begin, std::min(begin + step, share.end));
+      }
+    }
+  });
 }
 
 inline void check_backend(const char* op, const std::string& backend) {

@@ -84,7 +84,7 @@ def test_a_wrong_contender_is_refused_and_nothing_is_timed(output):
     shown = []
     rows, red = run_cases([wrong, right], 2, shown.append)
     assert [row["contender"] for row in rows] == ["eager", "fast"] and shown == [rows]
-    assert len(red) == 1 and "twice the baseline's error allows" in red[0]
+    assert len(red) == 1 and "2 times the baseline's error allows" in red[0]
 
 
 def test_a_wrong_baseline_is_refused():
