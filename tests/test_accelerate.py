@@ -69,7 +69,7 @@ def test_save_hidden_reaches_every_mlp(source: Any, monkeypatch: pytest.MonkeyPa
         seen.append(save_hidden)
         return pk.mlp(*args, save_hidden=save_hidden, **options)
 
-    monkeypatch.setattr(pk.modules, "mlp", spy)
+    monkeypatch.setattr(pk.fused, "mlp", spy)
     model, x = make(source), torch.randn(1, 3, 32, 32)
     for expected in (True, False):
         logits(pk.accelerate(model, save_hidden=expected), x)
