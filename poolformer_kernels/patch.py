@@ -141,11 +141,14 @@ def _check_backend(module: nn.Module, backend: str) -> None:
     parameter = next(module.parameters(), None)
     if backend == "auto" or parameter is None or parameter.device.type == "meta":
         return
-    device, dtype, family = parameter.device.type, parameter.dtype, family_of(module)
-    act = None if family is None else activation_name(family.parts(module).act)
-    ops = ("group_norm",) if isinstance(module, GroupNorm) else ("pool_mixer", "mlp")
-    for op in ops:
-        backends.resolve(op, device, dtype, act if op == "mlp" else None, backend=backend)
+    device, dtype = parameter.device.type, parameter.dtype
+    if isinstance(module, GroupNorm):
+        backends.resolve("group_norm", device, dtype, backend=backend)
+        return
+    backends.resolve("pool_mixer", device, dtype, backend=backend)
+    if not isinstance(module, _NATIVE) and (family := family_of(module)) is not None:
+        act = activation_name(family.parts(module).act)
+        backends.resolve("mlp", device, dtype, act, backend=backend)
 
 
 def _accelerate_block(module: nn.Module, backend: str | None, save_hidden: bool) -> None:
