@@ -21,7 +21,7 @@ SOURCES = {
 
 @dataclass(frozen=True)
 class Feature:
-    """A row. check: its function in test_feature_matrix.py, or file::test; gpu: tested there too."""
+    """A row. check: its function in test_feature_matrix.py, or file::test. gpu: there too."""
 
     name: str
     check: str

@@ -68,7 +68,7 @@ def test_a_block_is_as_exact_as_eager(
         eager, ours = results(stock, x, dy), results(pk.accelerate(stock, backend), x, dy)
         names = ["y", "dx", *(name for name, _ in stock.named_parameters())]
         for name, a, b, c in zip(names, ours, eager, exact, strict=True):
-            assert a.dtype == dtype and a.is_contiguous(memory_format=layout) or a.dim() != 4
+            assert (a.dtype == dtype and a.is_contiguous(memory_format=layout)) or a.dim() != 4
             for place, error in enumerate((a.double() - c, b.double() - c, c)):
                 squares[name][place] += error.square().sum().item()
     for name, sums in squares.items():

@@ -26,7 +26,7 @@ STEPS, CLASSES = 4, 5
 
 
 def train_and_validate(model: nn.Module) -> dict[str, Any]:
-    """Mixup and cutmix, drop path, clipping, a schedule and an EMA, as timm's train.py uses them."""
+    """Mixup and cutmix, drop path, clipping, a schedule and an EMA, as in timm's train.py."""
     torch.manual_seed(3)
     np.random.seed(3)
     images, labels = torch.randn(STEPS, 4, 3, 32, 32), torch.randint(CLASSES, (STEPS, 4))

@@ -136,5 +136,5 @@ def test_trainer_resumes_from_its_checkpoint(backend: str, tmp_path: Path) -> No
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
 def test_gradient_checkpointing_is_refused_as_by_the_stock_model() -> None:
     for model in (small_model(), pk.accelerate(small_model())):
-        with pytest.raises(ValueError, match="does not support (gradient|activation) check"):
+        with pytest.raises(ValueError, match=r"not support (gradient|activation) check"):
             model.gradient_checkpointing_enable()
