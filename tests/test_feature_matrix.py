@@ -30,7 +30,9 @@ DYNAMIC = torch.export.Dim("batch", min=1, max=64)
 def close(ours: Any, theirs: Any, tolerance: float = 1e-4) -> None:
     for a, b in zip(ours, theirs, strict=True):
         assert a.dtype == b.dtype
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * (1 + b.abs().max()))
+        torch.testing.assert_close(
+            a, b, rtol=tolerance, atol=tolerance * (1 + b.abs().max().item())
+        )
 
 
 def inference(stock: nn.Module, fused: nn.Module, x: Tensor) -> None:
