@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
-from poolformer_kernels import modules, ops, use_backend
+from poolformer_kernels import fused, ops, use_backend
 
 
 @dataclass(frozen=True)
@@ -20,12 +20,12 @@ class Plan:
 
     @contextmanager
     def chosen(self) -> Iterator[None]:
-        """In this context the ops in `poolformer_kernels.modules`, and so blocks, follow it."""
+        """In this context the ops in `poolformer_kernels.fused`, and so blocks, follow it."""
 
         def mlp(*args: Any, **options: Any) -> Any:
             return ops.mlp(*args, **{**options, "save_hidden": self.save_hidden})
 
-        with mock.patch.object(modules, "mlp", mlp), use_backend(self.backend):
+        with mock.patch.object(fused, "mlp", mlp), use_backend(self.backend):
             yield
 
 

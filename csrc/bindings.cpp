@@ -159,7 +159,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mlp_fwd(
   int64_t hidden = check_mlp(op, x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight,
                              fc2_bias, layer_scale, drop_path, hidden_drop_path);
   check_stats(op, stats, num_groups, x);
-  const Activation activation = activation_of(op, act);
+  const Activation activation = cpu_activation_of(op, act);
 
   const auto& kernels = cpu::kernels();
   Tensors t(x, num_groups);

@@ -43,8 +43,10 @@ inline Activation activation_of(const char* op, const std::string& act) {
   if (act == "gelu") return Activation::kGelu;
   if (act == "gelu_pytorch_tanh") return Activation::kGeluTanh;
   if (act == "relu") return Activation::kRelu;
-  TORCH_CHECK_VALUE(act == "silu", op, ": act is '", act,
-                    "'; it has to be 'gelu', 'gelu_pytorch_tanh', 'relu' or 'silu'.");
+  TORCH_CHECK_VALUE(
+      act == "silu", op, ": act is '", act,
+      "'; it has to be 'gelu', 'gelu_pytorch_tanh', 'relu' or 'silu', on the CPU also "
+      "'relu2'.");
   return Activation::kSilu;
 }
 

@@ -214,7 +214,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mlp_b
   args.fc1_weight = w1.data(), args.fc1_bias = b1.data(), args.fc2_weight = w2.data();
   args.layer_scale = contiguous_scale.data();
   args.drop_path = k.data(), args.hidden_drop_path = ka.data();
-  args.activation = activation_of(op, act), args.hidden = hidden;
+  args.activation = cpu_activation_of(op, act), args.hidden = hidden;
   args.fc1_gradient = dfc1.mutable_data_ptr();
   args.fc1_bias_gradient = dfc1_bias.mutable_data_ptr();
   args.fc2_gradient = dfc2.mutable_data_ptr();

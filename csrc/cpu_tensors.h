@@ -102,6 +102,10 @@ inline void check_backend(const char* op, const std::string& backend) {
                     "'; this op runs backend 'cpu' there.");
 }
 
+inline Activation cpu_activation_of(const char* op, const std::string& act) {
+  return act == "relu2" ? cpu::kReluSquared : activation_of(op, act);
+}
+
 // Checks the parameters of the MLP; returns its hidden channels.
 inline int64_t check_mlp(const char* op, const Tensor& x, const OptionalTensor& norm_weight,
                          const OptionalTensor& norm_bias, const Tensor& fc1_weight,

@@ -57,6 +57,8 @@ def _kernel_limits(call: Call, dtypes: tuple[torch.dtype, ...]) -> str | None:
         return f"it has no kernel for {call.dtype}"
     if call.act == "callable":
         return "it has no kernel for an activation given as a callable"
+    if call.act == "relu2" and call.device != "cpu":
+        return "it has no kernel for the activation 'relu2' (PoolFormerV2's)"
     return None
 
 

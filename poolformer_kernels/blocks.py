@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from .drop_path import branch_dtypes
+from .fused import Product, fused_block
+from .reference import accumulate_dtype
 from .subclasses import original_class
 
 Factors = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -29,12 +31,16 @@ class Parts(NamedTuple):
     drop_paths: tuple[nn.Module, ...]
     dropouts: tuple[nn.Module, ...]
     containers: tuple[nn.Module, ...]
+    scales: tuple[nn.Module, ...] = ()
+    residual_scales: tuple[Tensor | None, Tensor | None] = (None, None)
 
     def inner(self) -> tuple[nn.Module, ...]:
         """Every module inside the block whose call the fused ops replace."""
-        act = (self.act,) if isinstance(self.act, nn.Module) else ()
+        act: tuple[nn.Module, ...] = ()
+        if isinstance(self.act, nn.Module):
+            act = (self.act, *self.act._modules.values())  # type: ignore[arg-type]
         stock = (self.norm1, self.norm2, self.pool, self.fc1, self.fc2)
-        return *stock, *act, *self.drop_paths, *self.dropouts, *self.containers
+        return *stock, *act, *self.drop_paths, *self.dropouts, *self.containers, *self.scales
 
 
 @dataclass(frozen=True)
@@ -103,7 +109,8 @@ def _hugging_face_factors(block: Any, x: Tensor) -> Factors:
 
 def _timm_parts(block: Any) -> Parts:
     mlp = block.mlp
-    identities = (block.res_scale1, block.res_scale2, mlp.norm)
+    scales = (block.layer_scale1, block.layer_scale2, block.res_scale1, block.res_scale2)
+    vectors = [getattr(scale, "scale", None) for scale in scales]
     return Parts(
         block.norm1,
         block.norm2,
@@ -111,11 +118,13 @@ def _timm_parts(block: Any) -> Parts:
         mlp.fc1,
         mlp.fc2,
         mlp.act,
-        getattr(block.layer_scale1, "scale", None),
-        getattr(block.layer_scale2, "scale", None),
+        vectors[0],
+        vectors[1],
         (block.drop_path1, block.drop_path2),
-        (mlp.drop1, mlp.drop2, *identities),
-        (block.token_mixer, mlp, block.layer_scale1, block.layer_scale2),
+        (mlp.drop1, mlp.drop2, mlp.norm),
+        (block.token_mixer, mlp),
+        scales,
+        (vectors[2], vectors[3]),
     )
 
 
@@ -177,6 +186,9 @@ _ACTIVATIONS = {
     "PytorchGELUTanh": "gelu_pytorch_tanh",
     "GELUTanh": "gelu_pytorch_tanh",
     "ReLU": "relu",
+    "ReLUSquaredActivation": "relu2",
+    "SquaredReLU": "relu2",
+    "StarReLU": "relu2",  # its scalars go into the product behind it
     "SiLU": "silu",
     "SiLUActivation": "silu",
 }
@@ -189,84 +201,26 @@ def activation_name(act: Any) -> str | None:
         return None
     if cls.__name__ == "GELU":
         return "gelu_pytorch_tanh" if getattr(act, "approximate", "none") == "tanh" else "gelu"
+    if type(getattr(act, "relu", None)) not in (nn.ReLU, type(None)):
+        return None
     return _ACTIVATIONS.get(cls.__name__)
 
 
-def why_not(family: Family, block: nn.Module, parts: Parts) -> str | None:
-    """Why `block` has to run its own forward; None if the fused ops compute the same."""
-    cls = type(block)
-    base = family.base(cls)
-    own_forward = original_class(cls).forward
-    if "forward" in block.__dict__:
-        return "its forward has been replaced on the instance"
-    if base is not None and own_forward is not base.forward:
-        return f"{cls.__name__} overrides the forward of {base.__name__}"
-    for module in parts.inner():
-        if module._forward_hooks or module._forward_pre_hooks:
-            return f"there is a forward hook on its {_name(block, module)}"
-        if module._backward_hooks or module._backward_pre_hooks:
-            return f"there is a backward hook on its {_name(block, module)}"
-        if "forward" in module.__dict__:
-            return f"the forward of its {_name(block, module)} has been replaced on the instance"
-    if activation_name(parts.act) is None:
-        return f"there is no kernel for its activation {type(parts.act).__name__}"
-    return (
-        _why_not_norm(block, parts.norm1)
-        or _why_not_norm(block, parts.norm2)
-        or _why_not_pool(parts.pool)
-        or _why_not_product(block, parts.fc1)
-        or _why_not_product(block, parts.fc2)
-        or _why_not_dropped(block, parts)
-    )
+def second_product(parts: Parts) -> nn.Conv2d | Product:
+    """fc2 as it follows the kernels' activation.
 
-
-def unchanged(parts: Parts, types: tuple[type, ...]) -> bool:
-    """Whether the inner modules are still of these types and unhooked: quick, for every forward."""
-    modules = parts.inner()
-    if tuple(map(type, modules)) != types:
-        return False
-    for module in modules:
-        attributes = module.__dict__
-        if (
-            attributes["_forward_hooks"]
-            or attributes["_forward_pre_hooks"]
-            or attributes["_backward_hooks"]
-            or attributes["_backward_pre_hooks"]
-            or "forward" in attributes
-        ):
-            return False
-    return True
-
-
-def _name(block: nn.Module, module: nn.Module) -> str:
-    return next((n for n, m in block.named_modules() if m is module), type(module).__name__)
-
-
-def _why_not_norm(block: nn.Module, norm: nn.Module) -> str | None:
-    cls = type(norm)
-    stock = isinstance(norm, nn.GroupNorm) and (
-        cls.forward is nn.GroupNorm.forward or cls.__module__.startswith("timm.")
-    )
-    return None if stock else f"its {_name(block, norm)} is a {cls.__name__}, not a GroupNorm"
-
-
-def _why_not_pool(pool: nn.Module) -> str | None:
-    if type(pool) is not nn.AvgPool2d:
-        return f"its pooling is a {type(pool).__name__}, not an AvgPool2d"
-    size = pool_size(pool)
-    if size % 2 == 0:
-        return f"its pool size is {pool.kernel_size}, and kernels take odd squares"
-    expected = (1, size // 2, False, False, None)
-    found = (
-        pool.stride,
-        pool.padding,
-        pool.ceil_mode,
-        pool.count_include_pad,
-        pool.divisor_override,
-    )
-    if tuple(v[0] if isinstance(v, tuple) and len({*v}) == 1 else v for v in found) != expected:
-        return f"its pooling is {pool}, not stride 1 with padding {size // 2} that is not counted"
-    return None
+    After timm's StarReLU, s·relu(h)² + b, it takes both scalars: W2' = s·W2 and b2' = b2 + b·W2·1,
+    so that autograd gives their gradients. Both are computed in float32 (float64) and rounded once.
+    """
+    fc2, act = parts.fc2, parts.act
+    if type(act).__name__ != "StarReLU":
+        return fc2
+    dtype, acc = fc2.weight.dtype, accumulate_dtype(fc2.weight.dtype)
+    weight = fc2.weight.to(acc)
+    bias = act.bias.to(acc) * weight.sum((1, 2, 3))
+    if fc2.bias is not None:
+        bias = bias + fc2.bias
+    return Product((act.scale.to(acc) * weight).to(dtype), bias.to(dtype))
 
 
 def pool_size(pool: nn.AvgPool2d) -> int:
@@ -275,26 +229,36 @@ def pool_size(pool: nn.AvgPool2d) -> int:
     return sizes.pop() if len(sizes) == 1 else 0
 
 
-def _why_not_product(block: nn.Module, fc: nn.Module) -> str | None:
-    if type(fc) is not nn.Conv2d:
-        kind = f"{type(fc).__module__}.{type(fc).__qualname__}"
-        return f"its {_name(block, fc)} is a {kind}, not a torch.nn.Conv2d"
-    plain = fc.kernel_size == fc.stride == fc.dilation == (1, 1) and fc.groups == 1
-    if not plain or fc.padding not in ((0, 0), "valid", "same"):
-        return f"its {_name(block, fc)} is {fc}, not a plain 1×1 convolution"
-    weight = type(fc.weight)
-    if weight.__module__.split(".")[0] != "torch" or not fc.weight.is_floating_point():
-        return f"the weight of its {_name(block, fc)} is a {weight.__name__} of {fc.weight.dtype}"
-    return None
+def run_fused(
+    family: Family,
+    block: Any,
+    parts: Parts,
+    x: Tensor,
+    *,
+    save_hidden: bool = False,
+    backend: str | None = None,
+    stats: Tensor | None = None,
+    return_stats: bool = False,
+) -> Any:
+    """What the forward of `block` returns, on the fused ops.
 
-
-def _why_not_dropped(block: nn.Module, parts: Parts) -> str | None:
-    for module in parts.drop_paths:
-        if type(module) is not nn.Identity and not hasattr(module, "drop_prob"):
-            return f"its {_name(block, module)} is a {type(module).__name__}, not a DropPath"
-    for module in parts.dropouts:
-        if isinstance(module, nn.Dropout) and module.p == 0:
-            continue
-        if type(module) is not nn.Identity:
-            return f"its {_name(block, module)} is a {module}, which the fused op leaves out"
-    return None
+    With return_stats: (result, its statistics, or None where they are not known).
+    """
+    result = fused_block(
+        x,
+        parts.norm1,
+        parts.norm2,
+        parts.fc1,
+        second_product(parts),
+        parts.layer_scale_1,
+        parts.layer_scale_2,
+        family.factors(block, x) if block.training else (None, None, None),
+        parts.residual_scales,
+        pool_size=pool_size(parts.pool),
+        act=activation_name(parts.act) or parts.act,
+        save_hidden=save_hidden,
+        backend=backend,
+        stats=stats,
+        return_stats=return_stats,
+    )
+    return (result,) if family.returns_tuple and not return_stats else result

@@ -7,20 +7,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from . import backends
 from .drop_path import branch_dtypes, draw_block_drop_path, draw_drop_path
-from .ops._common import canonical_act, check_pool_size, device_type, is_autocast, needs_grad
+from .fused import fused_block
+from .ops._common import canonical_act, check_pool_size
 from .ops.group_norm import group_norm
 from .ops.mlp import mlp
 from .ops.pool_mixer import pool_mixer
-
-
-def shares_stats(x: Tensor, act: str, grad: bool, backend: str | None) -> bool:
-    """Whether the block's ops hand statistics to one another: all backends but "torch" do."""
-    device, autocast = device_type(x), is_autocast(x)
-    mixer = backends.resolve("pool_mixer", device, x.dtype, None, grad, autocast, backend)
-    channel = backends.resolve("mlp", device, x.dtype, act, grad, autocast, backend)
-    return "torch" not in (mixer, channel)
 
 
 class GroupNorm(nn.GroupNorm):
@@ -168,7 +160,7 @@ class PoolFormerBlock(nn.Module):
         channels: C.
         hidden_channels: width of the MLP's hidden; 4 C if None.
         pool_size: odd window of the token mixer.
-        hidden_act: "gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu", or a callable.
+        hidden_act: "gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "relu2", "silu", or a callable.
         drop_path: rate in [0, 1).
         use_layer_scale, layer_scale_init_value: whether there are layer scales, and their first
             value.
@@ -250,65 +242,3 @@ class PoolFormerBlock(nn.Module):
             f"pool_size={self.pool_size}, hidden_act={self.hidden_act}, "
             f"drop_path={self.drop_path}, backend={self.backend}"
         )
-
-
-def fused_block(
-    x: Tensor,
-    norm1: nn.GroupNorm,
-    norm2: nn.GroupNorm,
-    fc1: nn.Conv2d,
-    fc2: nn.Conv2d,
-    layer_scale_1: Tensor | None,
-    layer_scale_2: Tensor | None,
-    factors: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None),
-    *,
-    pool_size: int,
-    act: str | Callable[[Tensor], Tensor],
-    save_hidden: bool | None = None,
-    backend: str | None = None,
-    stats: Tensor | None = None,
-    return_stats: bool = False,
-) -> Tensor | tuple[Tensor, Tensor | None]:
-    """Both halves of a block, from modules with its parameters; factors (mixer, hidden, MLP).
-
-    With return_stats: (result, its statistics, or None where the backends do not share them).
-    """
-    k1, hidden_drop_path, k2 = factors
-    grad = needs_grad(x, fc1.weight, fc2.weight)
-    shares = norm1.num_groups == norm2.num_groups and shares_stats(
-        x, canonical_act(act), grad, backend
-    )
-    y = pool_mixer(
-        x,
-        norm1.weight,
-        norm1.bias,
-        layer_scale_1,
-        k1,
-        pool_size=pool_size,
-        num_groups=norm1.num_groups,
-        eps=norm1.eps,
-        stats=stats,
-        return_stats=shares,
-        backend=backend,
-    )
-    y, stats = y if shares else (y, None)
-    z = mlp(
-        y,
-        norm2.weight,
-        norm2.bias,
-        fc1.weight,
-        fc1.bias,
-        fc2.weight,
-        fc2.bias,
-        layer_scale_2,
-        k2,
-        hidden_drop_path,
-        act=act,
-        num_groups=norm2.num_groups,
-        eps=norm2.eps,
-        stats=stats,
-        return_stats=return_stats and shares,
-        save_hidden=save_hidden,
-        backend=backend,
-    )
-    return (z, None) if return_stats and not shares else z

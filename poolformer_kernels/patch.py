@@ -22,9 +22,10 @@ import torch
 from torch import nn
 
 from . import backends
-from .blocks import FAMILIES, activation_name, family_of, pool_size, unchanged, why_not
+from .blocks import FAMILIES, activation_name, family_of, run_fused
 from .embeddings import PatchEmbed, accelerate_embeddings, restore_embeddings
-from .modules import GroupNorm, Mlp, PoolFormerBlock, PoolMixer, fused_block
+from .fitness import unchanged, why_not
+from .modules import GroupNorm, Mlp, PoolFormerBlock, PoolMixer
 from .stages import link, unlink
 from .subclasses import original_class, with_forward
 
@@ -146,9 +147,14 @@ def _check_backend(module: nn.Module, backend: str) -> None:
     parameter = next(module.parameters(), None)
     if backend == "auto" or parameter is None or parameter.device.type == "meta":
         return
-    ops = ("group_norm",) if isinstance(module, GroupNorm) else ("pool_mixer", "mlp")
-    for op in ops:
-        backends.resolve(op, parameter.device.type, parameter.dtype, backend=backend)
+    device, dtype = parameter.device.type, parameter.dtype
+    if isinstance(module, GroupNorm):
+        backends.resolve("group_norm", device, dtype, backend=backend)
+        return
+    backends.resolve("pool_mixer", device, dtype, backend=backend)
+    family = None if isinstance(module, _NATIVE) else family_of(module)
+    act = None if family is None else activation_name(family.parts(module).act)
+    backends.resolve("mlp", device, dtype, act, backend=backend)
 
 
 def _accelerate_block(module: nn.Module, backend: str | None, save_hidden: bool | None) -> None:
@@ -195,24 +201,16 @@ def _accelerated(cls: type[nn.Module]) -> type[nn.Module]:
             warnings.warn(f"a block runs its own forward: {reason}", stacklevel=2)
             result = cls.forward(self, hidden_states)
             return (result[0] if family.returns_tuple else result, None) if return_stats else result
-        parts = family.parts(self)
-        result = fused_block(
+        return run_fused(
+            family,
+            self,
+            family.parts(self),
             hidden_states,
-            parts.norm1,
-            parts.norm2,
-            parts.fc1,
-            parts.fc2,
-            parts.layer_scale_1,
-            parts.layer_scale_2,
-            family.factors(self, hidden_states) if self.training else (None, None, None),
-            pool_size=pool_size(parts.pool),
-            act=activation_name(parts.act) or parts.act,
             save_hidden=getattr(self, _SAVE_HIDDEN),
             backend=getattr(self, _BACKEND),
             stats=stats,
             return_stats=return_stats,
         )
-        return (result,) if family.returns_tuple and not return_stats else result
 
     return with_forward(cls, forward, _rebuild)
 

@@ -18,6 +18,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_pytorch_tanh": lambda h: F.gelu(h, approximate="tanh"),
     "relu": F.relu,
+    "relu2": lambda h: F.relu(h).square(),
     "silu": F.silu,
 }
 
@@ -25,6 +26,7 @@ _ACTIVATION_BACKWARDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "gelu": torch.ops.aten.gelu_backward.default,
     "gelu_pytorch_tanh": lambda g, h: torch.ops.aten.gelu_backward(g, h, approximate="tanh"),
     "relu": lambda g, h: torch.ops.aten.threshold_backward(g, h, 0),
+    "relu2": lambda g, h: 2 * g * F.relu(h),
     "silu": torch.ops.aten.silu_backward.default,
 }
 

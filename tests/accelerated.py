@@ -48,6 +48,18 @@ def timm(drop_path: float = 0.0) -> nn.Module:
     )
 
 
+def timm_v2(drop_path: float = 0.0) -> nn.Module:
+    metaformer = pytest.importorskip("timm.models.metaformer")
+    return metaformer.MetaFormer(
+        depths=DEPTHS,
+        dims=WIDTHS,
+        norm_layers=metaformer.GroupNorm1NoBias,
+        use_mlp_head=False,
+        num_classes=5,
+        drop_path_rate=drop_path,
+    )
+
+
 def own(drop_path: float = 0.0) -> nn.Module:
     config = pk.PoolFormerConfig(
         hidden_sizes=WIDTHS, depths=DEPTHS, num_labels=5, drop_path_rate=drop_path

@@ -15,7 +15,7 @@ from kernel_checks import BACKENDS, NO_CUDA, NO_TRITON
 from torch import Tensor
 
 import poolformer_kernels as pk
-from poolformer_kernels import modules, reference
+from poolformer_kernels import fused, modules, reference
 from poolformer_kernels.ops import _common
 
 pytestmark = pytest.mark.gpu
@@ -74,7 +74,7 @@ def test_statistics_go_from_cuda_kernels_to_triton(
         given.append(kwargs["stats"])
         return pk.mlp(*args, **kwargs)
 
-    monkeypatch.setattr(modules, "mlp", mlp)
+    monkeypatch.setattr(fused, "mlp", mlp)
     with torch.no_grad():
         result = block(x)
         y = pk.pool_mixer(x, block.before_norm.weight, None, block.layer_scale_1, return_stats=True)

@@ -12,6 +12,8 @@ enum class Activation : int;  // see math.h
 
 namespace poolformer::cpu {
 
+constexpr Activation kReluSquared{4};  // of the CPU alone: max(x, 0)^2
+
 enum class Dtype { kFloat32, kBFloat16, kFloat16, kFloat64 };
 
 // A (batch, channels, height, width) tensor, contiguous or channels_last.

@@ -2,6 +2,7 @@
 // in chunks, and stay in the cache.
 #pragma once
 
+#include "activations.inl"
 #include "gemm.inl"
 #include "group_norm.inl"
 #include "rows.inl"
@@ -121,10 +122,10 @@ static void activate_rows(A* h, const A* bias, int64_t rows) {
   constexpr int w = kLanes<A>, n = kPanel<A>;
   for (int64_t r = 0; r < rows; ++r, h += n) {
     if constexpr (std::is_same_v<A, double>) {
-      for (int i = 0; i < n; ++i) h[i] = activate<kActivation>(h[i] + bias[r]);
+      for (int i = 0; i < n; ++i) h[i] = value_and_slope<kActivation>(h[i] + bias[r]).value;
     } else {
-      Vec<A> first = activate<kActivation>(load(h) + bias[r]);
-      Vec<A> second = activate<kActivation>(load(h + w) + bias[r]);
+      Vec<A> first = value_and_slope<kActivation>(load(h) + bias[r]).value;
+      Vec<A> second = value_and_slope<kActivation>(load(h + w) + bias[r]).value;
       store(h, first);
       store(h + w, second);
     }
@@ -133,16 +134,7 @@ static void activate_rows(A* h, const A* bias, int64_t rows) {
 
 template <class A>
 static void activate_panel(Activation activation, A* h, const A* bias, int64_t rows) {
-  switch (activation) {
-    case Activation::kGelu:
-      return activate_rows<Activation::kGelu>(h, bias, rows);
-    case Activation::kGeluTanh:
-      return activate_rows<Activation::kGeluTanh>(h, bias, rows);
-    case Activation::kRelu:
-      return activate_rows<Activation::kRelu>(h, bias, rows);
-    case Activation::kSilu:
-      return activate_rows<Activation::kSilu>(h, bias, rows);
-  }
+  with_activation(activation, [&](auto known) { activate_rows<known()>(h, bias, rows); });
 }
 
 // The epilogue of one panel, with the statistics of what was stored.

@@ -3,6 +3,7 @@
 // and dW2 = ls D. Pixels are rows here, and vectors run along (hidden) channels.
 #pragma once
 
+#include "activations.inl"
 #include "group_norm.inl"
 #include "mlp_backward_parts.inl"
 #include "rows.inl"
@@ -21,11 +22,11 @@ static void slope_rows(A* h, A* da, int64_t stride, int64_t rows, int64_t width,
       Vec<A> v = load(h + j) + load(bias + j), value, slope;
       if constexpr (std::is_same_v<A, double>) {
         for (int lane = 0; lane < w; ++lane) {
-          auto both = activate_with_slope<kActivation>(v[lane]);
+          auto both = value_and_slope<kActivation>(v[lane]);
           value[lane] = both.value, slope[lane] = both.slope;
         }
       } else {
-        auto both = activate_with_slope<kActivation>(v);
+        auto both = value_and_slope<kActivation>(v);
         value = both.value, slope = both.slope;
       }
       Vec<A> dh = load(da + j) * ka[i] * slope;
@@ -38,16 +39,7 @@ static void slope_rows(A* h, A* da, int64_t stride, int64_t rows, int64_t width,
 
 template <class A, class... Args>
 static void apply_slope(Activation activation, Args... args) {
-  switch (activation) {
-    case Activation::kGelu:
-      return slope_rows<Activation::kGelu, A>(args...);
-    case Activation::kGeluTanh:
-      return slope_rows<Activation::kGeluTanh, A>(args...);
-    case Activation::kRelu:
-      return slope_rows<Activation::kRelu, A>(args...);
-    case Activation::kSilu:
-      return slope_rows<Activation::kSilu, A>(args...);
-  }
+  with_activation(activation, [&](auto known) { slope_rows<known(), A>(args...); });
 }
 
 // The memory of a task, and where its tile is.

@@ -155,8 +155,8 @@ def mlp(
         layer_scale: (C).
         drop_path, hidden_drop_path: (B), the factors of each image's branch and hidden: 0, or
             1 / (1 − rate). float32 or x's dtype.
-        act: "gelu" (erf), "gelu_pytorch_tanh" (also "gelu_new"), "relu", "silu", or a callable,
-            which only the "torch" backend runs.
+        act: "gelu" (erf), "gelu_pytorch_tanh" (also "gelu_new"), "relu", "silu", "relu2" (relu
+            squared, which GPU kernels lack), or a callable, which only the "torch" backend runs.
         num_groups: of the GroupNorm; it divides C.
         stats: (B, G, P, 3), what the op that made x returned for return_stats=True: partial
             statistics (count, mean, M2) of x. They only save the time to compute them.
