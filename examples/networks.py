@@ -47,16 +47,7 @@ def build(options: argparse.Namespace, classes: list[str]) -> nn.Module:
         drop_path = DROP_PATH.get(variant_name(name) or "s12", 0.1)
     if library == "timm":
         return _timm_model(name, options.weights, drop_path, len(classes))
-    fields: dict[str, Any] = {
-        "id2label": dict(enumerate(classes)),
-        "label2id": {label: index for index, label in enumerate(classes)},
-        "drop_path_rate": drop_path,
-    }
-    config = (
-        pk.PoolFormerConfig.from_pretrained(name, **fields)
-        if Path(name).exists()
-        else pk.PoolFormerConfig.from_variant(name, **fields)
-    )
+    config = _config(name, classes, drop_path_rate=drop_path)
     if library == "transformers":
         return _transformers_model(config, options.weights)
     if options.weights is None:
@@ -64,6 +55,14 @@ def build(options: argparse.Namespace, classes: list[str]) -> nn.Module:
     return pk.PoolFormerForImageClassification.from_pretrained(
         options.weights, config=config, ignore_mismatched_sizes=True
     )
+
+
+def _config(name: str, classes: list[str], **fields: Any) -> pk.PoolFormerConfig:
+    labels = {label: index for index, label in enumerate(classes)}
+    fields |= {"id2label": dict(enumerate(classes)), "label2id": labels}
+    if Path(name).exists():
+        return pk.PoolFormerConfig.from_pretrained(name, **fields)
+    return pk.PoolFormerConfig.from_variant(name, **fields)
 
 
 def _transformers_model(config: pk.PoolFormerConfig, weights: str | None) -> nn.Module:
@@ -111,15 +110,13 @@ def save(
     folder: Path, state: dict[str, Tensor], options: argparse.Namespace, classes: list[str]
 ) -> None:
     """Write weights where from_pretrained (or, of timm's models, create_model) reads them."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if split_name(options.model)[0] == "timm":
-        safetensors.torch.save_file(
-            {key: tensor.contiguous() for key, tensor in state.items()},
-            folder / "model.safetensors",
-        )
+    library, name = split_name(options.model)
+    if library == "timm":
+        folder.mkdir(parents=True, exist_ok=True)
+        contiguous = {key: tensor.contiguous() for key, tensor in state.items()}
+        safetensors.torch.save_file(contiguous, folder / "model.safetensors")
         return
-    fresh = argparse.Namespace(**{**vars(options), "weights": None})
     with torch.device("meta"):
-        model: Any = build(fresh, classes)
+        model = pk.PoolFormerForImageClassification(_config(name, classes))
     model.load_state_dict(state, assign=True)
     model.save_pretrained(folder)

@@ -25,7 +25,7 @@ from . import backends
 from .blocks import FAMILIES, activation_name, family_of, pool_size, unchanged, why_not
 from .modules import GroupNorm, Mlp, PoolFormerBlock, PoolMixer, fused_block
 from .stages import link, unlink
-from .subclasses import original_class, with_forward
+from .subclasses import original_class, restored_class, with_forward
 
 _BACKEND = "_poolformer_backend"
 _SAVE_HIDDEN = "_poolformer_save_hidden"
@@ -148,7 +148,9 @@ def _check_backend(module: nn.Module, backend: str) -> None:
 def _accelerate_block(module: nn.Module, backend: str | None, save_hidden: bool) -> None:
     family = family_of(module)
     assert family is not None
-    module.__class__ = _accelerated(original_class(type(module)))
+    cls = type(module)
+    if original_class(cls) is cls:  # not accelerated yet, nor a base of it (FSDP2 derives a class)
+        module.__class__ = _accelerated(cls)
     setattr(module, _BACKEND, backend)
     setattr(module, _SAVE_HIDDEN, save_hidden)
     setattr(module, _TYPES, tuple(map(type, family.parts(module).inner())))
@@ -156,7 +158,7 @@ def _accelerate_block(module: nn.Module, backend: str | None, save_hidden: bool)
 
 def _restore_block(module: nn.Module) -> None:
     if hasattr(module, _BACKEND):
-        module.__class__ = original_class(type(module))
+        module.__class__ = restored_class(type(module))
         for name in (_BACKEND, _SAVE_HIDDEN, _TYPES):
             delattr(module, name)
 
