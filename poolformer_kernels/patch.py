@@ -148,7 +148,7 @@ def _check_backend(module: nn.Module, backend: str) -> None:
 def _accelerate_block(module: nn.Module, backend: str | None, save_hidden: bool) -> None:
     family = family_of(module)
     assert family is not None
-    cls = type(module)
+    cls: Any = type(module)
     if original_class(cls) is cls:  # not accelerated yet, nor a base of it (FSDP2 derives a class)
         module.__class__ = _accelerated(cls)
     setattr(module, _BACKEND, backend)

@@ -17,7 +17,7 @@ def original_class(cls: type[nn.Module]) -> Any:
 
 
 @functools.cache
-def restored_class(cls: type[nn.Module]) -> Any:
+def restored_class(cls: Any) -> Any:
     """`cls` with the forward of the class that it, or a base of it, stands in for.
 
     Only a class that something else (FSDP2) has derived from a changed one is made anew.

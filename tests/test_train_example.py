@@ -10,17 +10,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from model_cases import assert_same_tensors
-from PIL import Image
-from safetensors.torch import load_file
 
 pytest.importorskip("timm")
 pytest.importorskip("tqdm")
 if not torch.distributed.is_available():
     pytest.skip("this PyTorch has no torch.distributed", allow_module_level=True)
+
+import numpy as np
+from PIL import Image
+from safetensors.torch import load_file
 
 from examples import train
 from examples.logs import read_rows
