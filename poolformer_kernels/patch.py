@@ -158,7 +158,8 @@ def _accelerate_block(module: nn.Module, backend: str | None, save_hidden: bool)
 
 def _restore_block(module: nn.Module) -> None:
     if hasattr(module, _BACKEND):
-        module.__class__ = restored_class(type(module))
+        cls: Any = type(module)
+        module.__class__ = restored_class(cls)
         for name in (_BACKEND, _SAVE_HIDDEN, _TYPES):
             delattr(module, name)
 
