@@ -1,4 +1,4 @@
-# make demo, make test: from a clean clone to a result, with nothing installed by hand.
+# make demo, make train-demo, make test: from a clean clone to a result, with nothing installed by hand.
 # TORCH, CPU_TORCH: what pip is given for PyTorch. PYTHON: the interpreter to start from.
 PYTHON ?= python3
 TORCH ?= torch torchvision
@@ -9,14 +9,17 @@ CPU_VENV := .venv-cpu
 BIN := $(VENV)/bin
 CPU_COPY := build/cpu
 CPP = $$(find csrc -type f)
-TREE := csrc poolformer_kernels benchmarks tests
+TREE := csrc poolformer_kernels benchmarks examples tests
 ROOT_FILES := $(wildcard *.py *.md *.in LICENSE) pyproject.toml
 
-.PHONY: demo test build compile lint types unit wheel cpu cpu-copy format clean
+.PHONY: demo train-demo test build compile lint types unit wheel cpu cpu-copy format clean
 .NOTPARALLEL:
 
 demo: $(VENV)/.demo build
 	$(BIN)/python -m benchmarks.demo
+
+train-demo: $(VENV)/.demo build
+	$(BIN)/python -m examples.digits
 
 test: lint types unit wheel cpu
 
@@ -72,7 +75,7 @@ cpu-copy:
 	tar -cf - --exclude='_C.*' --exclude=__pycache__ $(TREE) $(ROOT_FILES) | tar -xf - -C $(CPU_COPY)
 
 clean:
-	rm -rf $(VENV) $(CPU_VENV) build dist *.egg-info .*_cache benchmarks/out poolformer_kernels/_C.*
+	rm -rf $(VENV) $(CPU_VENV) build dist *.egg-info .*_cache benchmarks/out examples/out poolformer_kernels/_C.*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # $(call venv,FOLDER): a new virtual environment there.

@@ -27,7 +27,7 @@ from .embeddings import PatchEmbed, accelerate_embeddings, restore_embeddings
 from .fitness import unchanged, why_not
 from .modules import GroupNorm, Mlp, PoolFormerBlock, PoolMixer
 from .stages import link, unlink
-from .subclasses import original_class, with_forward
+from .subclasses import original_class, restored_class, with_forward
 
 _BACKEND = "_poolformer_backend"
 _SAVE_HIDDEN = "_poolformer_save_hidden"
@@ -160,7 +160,9 @@ def _check_backend(module: nn.Module, backend: str) -> None:
 def _accelerate_block(module: nn.Module, backend: str | None, save_hidden: bool | None) -> None:
     family = family_of(module)
     assert family is not None
-    module.__class__ = _accelerated(original_class(type(module)))
+    cls: Any = type(module)
+    if original_class(cls) is cls:  # not accelerated yet, nor a base of it (FSDP2 derives a class)
+        module.__class__ = _accelerated(cls)
     setattr(module, _BACKEND, backend)
     setattr(module, _SAVE_HIDDEN, save_hidden)
     setattr(module, _TYPES, tuple(map(type, family.parts(module).inner())))
@@ -168,7 +170,8 @@ def _accelerate_block(module: nn.Module, backend: str | None, save_hidden: bool 
 
 def _restore_block(module: nn.Module) -> None:
     if hasattr(module, _BACKEND):
-        module.__class__ = original_class(type(module))
+        cls: Any = type(module)
+        module.__class__ = restored_class(cls)
         for name in (_BACKEND, _SAVE_HIDDEN, _TYPES):
             delattr(module, name)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,20 @@ _ORIGINAL = "_poolformer_original"
 def original_class(cls: type[nn.Module]) -> Any:
     """The class that `cls` stands in for, or `cls` itself."""
     return getattr(cls, _ORIGINAL, cls)
+
+
+@functools.cache
+def restored_class(cls: Any) -> Any:
+    """`cls` with the forward of the class that it, or a base of it, stands in for.
+
+    Only a class that something else (FSDP2) has derived from a changed one is made anew.
+    """
+    if _ORIGINAL in cls.__dict__:
+        return cls.__dict__[_ORIGINAL]
+    bases = tuple(map(restored_class, cls.__bases__))
+    if bases == cls.__bases__:
+        return cls
+    return type(cls)(cls.__name__, bases, dict(cls.__dict__))
 
 
 def is_changed(module: nn.Module) -> bool:

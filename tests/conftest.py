@@ -71,15 +71,18 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-@pytest.fixture
-def run_python(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+@pytest.fixture(scope="session")
+def run_python(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs `python ARGUMENTS` with the repository importable, in another folder."""
+    folder = tmp_path_factory.mktemp("run")
 
     def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
         path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)
         return subprocess.run(
             [sys.executable, *arguments],
-            cwd=tmp_path,
+            cwd=folder,
             env={**os.environ, "PYTHONPATH": path, **environment},
             capture_output=True,
             text=True,

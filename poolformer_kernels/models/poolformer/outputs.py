@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -9,12 +10,12 @@ from torch import Tensor
 from torch.utils import _pytree
 
 
-class ModelOutput(dict):
+class ModelOutput(OrderedDict):
     """The outputs that are not None, in the order of the class's annotations.
 
     Read as attributes (None where absent), by name, by number or slice, or all at once with
     to_tuple(). Iterating gives the names, as of any dict. Nested containers of torch (DataParallel,
-    compile, export) look into it.
+    compile, export) look into it. FSDP2 makes a plain dict of any dict that is no OrderedDict.
     """
 
     def __init_subclass__(cls) -> None:
