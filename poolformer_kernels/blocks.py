@@ -235,7 +235,7 @@ def run_fused(
     parts: Parts,
     x: Tensor,
     *,
-    save_hidden: bool = False,
+    save_hidden: bool | None = None,
     backend: str | None = None,
     stats: Tensor | None = None,
     return_stats: bool = False,
