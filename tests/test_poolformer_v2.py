@@ -108,23 +108,24 @@ def test_a_model_in_float64(train: bool, backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_gives_the_dtypes_of_eager(dtype: torch.dtype, backend: str) -> None:
-    model, x = spread(timm_v2()), torch.randn(1, 3, 32, 32)
-    exact = model.double()(x.double())
+    model, x = spread(timm_v2()), torch.randn(4, 3, 32, 32)
+
+    def stages(x: Tensor) -> list[Tensor]:
+        features = [model.stem(x)]
+        for stage in model.stages:
+            features.append(stage(features[-1]))
+        return [*features, model(x)]
+
+    model.double()
+    exact = stages(x.double())
     model.float()
-
-    def stages() -> list[Tensor]:
-        with torch.autocast("cpu", dtype):
-            features = [model.stem(x)]
-            for stage in model.stages:
-                features.append(stage(features[-1]))
-            return [*features, model(x)]
-
-    eager = stages()
-    pk.accelerate(model, backend)
-    ours = stages()
+    with torch.autocast("cpu", dtype):
+        eager = stages(x)
+        pk.accelerate(model, backend)
+        ours = stages(x)
     assert [t.dtype for t in ours] == [t.dtype for t in eager]
-    errors = [(t.double() - exact).norm() for t in (ours[-1], eager[-1])]
-    assert errors[0] <= 2 * errors[1]
+    for a, b, truth in zip(ours, eager, exact, strict=True):
+        assert (a.double() - truth).norm() <= 2 * (b.double() - truth).norm()
 
 
 @pytest.mark.parametrize("backend", KERNELS)
