@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .ops.patch_embed import patch_embed
-from .subclasses import is_changed, original_class, with_forward
+from .subclasses import original_class, restored_class, with_forward
 
 _BACKEND = "_poolformer_embedding_backend"
 _EMBEDDINGS = {  # class name: what its module path starts with
@@ -62,15 +62,17 @@ def embedding_convolutions(model: nn.Module) -> list[nn.Conv2d]:
 def accelerate_embeddings(model: nn.Module, backend: str | None) -> None:
     """Let the embeddings of other libraries in `model` run `patch_embed`."""
     for conv in embedding_convolutions(model):
-        conv.__class__ = _accelerated(nn.Conv2d)
+        if type(conv) is nn.Conv2d:  # not accelerated yet
+            conv.__class__ = _accelerated(nn.Conv2d)
         setattr(conv, _BACKEND, backend)
 
 
 def restore_embeddings(model: nn.Module) -> None:
     """Undo `accelerate_embeddings`."""
     for conv in embedding_convolutions(model):
-        if is_changed(conv):
-            conv.__class__ = nn.Conv2d
+        if hasattr(conv, _BACKEND):
+            cls: Any = type(conv)
+            conv.__class__ = restored_class(cls)
             delattr(conv, _BACKEND)
 
 

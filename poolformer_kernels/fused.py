@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,11 +29,29 @@ class Product(NamedTuple):
     bias: Tensor | None
 
 
+class Norm(NamedTuple):
+    """The parameters of a GroupNorm. weight, bias: (C) or None."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    num_groups: int
+    eps: float
+
+
+def _cast(dtype: torch.dtype, *tensors: Tensor | None) -> list[Any]:
+    return [None if t is None else t.to(dtype) for t in tensors]
+
+
+def _norm_in(norm: nn.GroupNorm | Norm, dtype: torch.dtype) -> Norm:
+    weight, bias = _cast(dtype, norm.weight, norm.bias)
+    return Norm(weight, bias, norm.num_groups, norm.eps)
+
+
 def fused_block(
     x: Tensor,
-    norm1: nn.GroupNorm,
-    norm2: nn.GroupNorm,
-    fc1: nn.Conv2d,
+    norm1: nn.GroupNorm | Norm,
+    norm2: nn.GroupNorm | Norm,
+    fc1: nn.Conv2d | Product,
     fc2: nn.Conv2d | Product,
     layer_scale_1: Tensor | None,
     layer_scale_2: Tensor | None,
@@ -43,6 +61,7 @@ def fused_block(
     pool_size: int,
     act: str | Callable[[Tensor], Tensor],
     save_hidden: bool | None = None,
+    residual_in_fp32: bool = True,
     backend: str | None = None,
     stats: Tensor | None = None,
     return_stats: bool = False,
@@ -50,8 +69,32 @@ def fused_block(
     """Both halves of a block, from modules with its parameters; factors (mixer, hidden, MLP).
 
     residual_scales: (C) each, what PoolFormerV2 multiplies the residual of mixer and MLP with.
+    residual_in_fp32: under autocast, False runs all of it in autocast's dtype (see `accelerate`).
     With return_stats: (result, its statistics, or None where the backends do not share them).
     """
+    if not residual_in_fp32 and is_autocast(x):
+        device = device_type(x)
+        dtype = torch.get_autocast_dtype(device)
+        vectors = (layer_scale_1, layer_scale_2, *residual_scales)
+        layer_scale_1, layer_scale_2, *scales = _cast(dtype, *vectors)
+        with torch.autocast(device, enabled=False):
+            return fused_block(
+                x.to(dtype),
+                _norm_in(norm1, dtype),
+                _norm_in(norm2, dtype),
+                Product(*_cast(dtype, fc1.weight, fc1.bias)),
+                Product(*_cast(dtype, fc2.weight, fc2.bias)),
+                layer_scale_1,
+                layer_scale_2,
+                factors,
+                (scales[0], scales[1]),
+                pool_size=pool_size,
+                act=act,
+                save_hidden=save_hidden,
+                backend=backend,
+                stats=stats,
+                return_stats=return_stats,
+            )
     k1, hidden_drop_path, k2 = factors
     scale_1, scale_2 = residual_scales
     grad = needs_grad(x, fc1.weight, fc2.weight)

@@ -176,6 +176,7 @@ class PoolFormerBlock(nn.Module):
 
     layer_scale_1: nn.Parameter | None
     layer_scale_2: nn.Parameter | None
+    residual_in_fp32 = True  # under autocast; see `accelerate`
 
     def __init__(
         self,
@@ -232,6 +233,7 @@ class PoolFormerBlock(nn.Module):
             pool_size=self.pool_size,
             act=self.hidden_act,
             save_hidden=self.save_hidden,
+            residual_in_fp32=self.residual_in_fp32,
             backend=self.backend,
             stats=stats,
             return_stats=return_stats,

@@ -31,6 +31,7 @@ from .subclasses import original_class, restored_class, with_forward
 
 _BACKEND = "_poolformer_backend"
 _SAVE_HIDDEN = "_poolformer_save_hidden"
+_RESIDUAL = "_poolformer_residual_in_fp32"
 _TYPES = "_poolformer_types"  # of the inner modules when accelerate found the block fit
 _NATIVE = (PoolFormerBlock, PoolMixer, Mlp, GroupNorm, PatchEmbed)
 
@@ -51,13 +52,17 @@ class Report:
 
 
 def accelerate(
-    model: nn.Module, backend: str = "auto", *, save_hidden: bool | None = None
+    model: nn.Module,
+    backend: str = "auto",
+    *,
+    save_hidden: bool | None = None,
+    residual_in_fp32: bool = True,
 ) -> nn.Module:
     """Let the PoolFormer blocks of `model` run on the fused ops, in place.
 
     Takes models of Hugging Face, timm (poolformer_*) and the original repository, and our own.
     Warns of blocks that it leaves as they are, with the reason; `report(model)` says it again at
-    any time. Calling it again changes the backend and save_hidden.
+    any time. Calling it again changes the options.
 
     Args:
         model: any module that holds PoolFormer blocks, or is one.
@@ -66,6 +71,9 @@ def accelerate(
         save_hidden: in training, keep the MLPs' hiddens for the backward instead of computing them
             again: three times the memory, one product less. None leaves that to the backend (see
             `mlp`).
+        residual_in_fp32: under torch.autocast, what blocks hand on and their norms stay in float32,
+            as in eager where layer scales are float32. False: in autocast's dtype, which halves
+            the bytes that blocks read, write and save, and rounds the sum once a half block.
 
     Returns:
         `model` itself.
@@ -98,12 +106,14 @@ def accelerate(
             module.backend = name
             if isinstance(module, (PoolFormerBlock, Mlp)):
                 module.save_hidden = save_hidden
+            if isinstance(module, PoolFormerBlock):
+                module.residual_in_fp32 = residual_in_fp32
         elif (reason := _why_not_now(module)) is not None:
             _restore_block(module)
             where = path or "model"
             warnings.warn(f"accelerate left {where} as it was: {reason}", stacklevel=2)
         else:
-            _accelerate_block(module, name, save_hidden)
+            _accelerate_block(module, name, save_hidden, residual_in_fp32)
     accelerate_embeddings(model, name)
     for module in model.modules():
         link(module)
@@ -117,6 +127,8 @@ def restore(model: nn.Module) -> nn.Module:
             module.backend = None
             if isinstance(module, (PoolFormerBlock, Mlp)):
                 module.save_hidden = None
+            if isinstance(module, PoolFormerBlock):
+                module.residual_in_fp32 = True
         else:
             _restore_block(module)
             unlink(module)
@@ -157,7 +169,9 @@ def _check_backend(module: nn.Module, backend: str) -> None:
     backends.resolve("mlp", device, dtype, act, backend=backend)
 
 
-def _accelerate_block(module: nn.Module, backend: str | None, save_hidden: bool | None) -> None:
+def _accelerate_block(
+    module: nn.Module, backend: str | None, save_hidden: bool | None, residual_in_fp32: bool
+) -> None:
     family = family_of(module)
     assert family is not None
     cls: Any = type(module)
@@ -165,6 +179,7 @@ def _accelerate_block(module: nn.Module, backend: str | None, save_hidden: bool 
         module.__class__ = _accelerated(cls)
     setattr(module, _BACKEND, backend)
     setattr(module, _SAVE_HIDDEN, save_hidden)
+    setattr(module, _RESIDUAL, residual_in_fp32)
     setattr(module, _TYPES, tuple(map(type, family.parts(module).inner())))
 
 
@@ -172,7 +187,7 @@ def _restore_block(module: nn.Module) -> None:
     if hasattr(module, _BACKEND):
         cls: Any = type(module)
         module.__class__ = restored_class(cls)
-        for name in (_BACKEND, _SAVE_HIDDEN, _TYPES):
+        for name in (_BACKEND, _SAVE_HIDDEN, _RESIDUAL, _TYPES):
             delattr(module, name)
 
 
@@ -210,6 +225,7 @@ def _accelerated(cls: type[nn.Module]) -> type[nn.Module]:
             family.parts(self),
             hidden_states,
             save_hidden=getattr(self, _SAVE_HIDDEN),
+            residual_in_fp32=getattr(self, _RESIDUAL),
             backend=getattr(self, _BACKEND),
             stats=stats,
             return_stats=return_stats,

@@ -26,6 +26,7 @@ from cases import BACKENDS
 from torch import Tensor, nn
 
 import poolformer_kernels as pk
+from benchmarks.saved_bytes import saved_storages
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -75,6 +76,38 @@ def test_save_hidden_reaches_every_mlp(source: Any, monkeypatch: pytest.MonkeyPa
         logits(pk.accelerate(model, save_hidden=expected), x)
         assert seen == [expected] * BLOCKS
         seen.clear()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("source", SOURCES)
+def test_residual_in_the_dtype_of_autocast(source: Any, backend: str) -> None:
+    model, x = make(source).train(), torch.randn(4, 3, 64, 64)
+    with pk.use_backend("torch"):  # rules our own model here
+        exact, narrow = (
+            loss_and_gradients(copy.deepcopy(model).to(dtype), x.to(dtype))
+            for dtype in (torch.float64, torch.bfloat16)
+        )
+    pk.accelerate(model, backend, residual_in_fp32=False)
+    block, seen = first_block(model), []
+    handle = block.register_forward_hook(lambda *given: seen.append(given[2]))
+    saved: list[int] = []
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = loss_and_gradients(model, x)
+        handle.remove()
+        for kept in (True, False):
+            pk.accelerate(model, backend, residual_in_fp32=kept)
+            with saved_storages(model) as storages:
+                logits(model, x.repeat(16, 1, 1, 1))
+            saved.append(sum(storage.nbytes() for storage in storages.values()))
+    result = seen[0] if isinstance(seen[0], torch.Tensor) else seen[0][0]
+    assert result.dtype == torch.bfloat16
+    assert all(g.dtype == torch.float32 for g in ours[1:])
+    assert backend == "torch" or saved[1] < 0.9 * saved[0]
+    distances = [
+        sum((a.double() - b).norm() / b.norm() for a, b in zip(result, exact, strict=True))
+        for result in (ours, narrow)
+    ]
+    assert distances[0] <= 1.5 * distances[1]
 
 
 @pytest.mark.parametrize("source", SOURCES[:3])
