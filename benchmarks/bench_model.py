@@ -155,6 +155,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--checkpoint", help="folder, file or hub name; default: seeded weights")
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--no-memory", action="store_true", help="skip the peak memory")
+    parser.add_argument("--name", default="model", help="of the CSV and the chart")
     return parser.parse_args(arguments)
 
 
@@ -190,7 +191,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(table(fresh, COLUMNS))
         rows += fresh
         red += wrong
-    return conclude(rows, red, options.out / "model.csv", machine, "Models: time per batch")
+    return conclude(
+        rows, red, options.out / f"{options.name}.csv", machine, "Models: time per batch"
+    )
 
 
 if __name__ == "__main__":

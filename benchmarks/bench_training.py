@@ -98,6 +98,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--contenders", nargs="+", default=list(training.DEFAULT), choices=names)
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--no-memory", action="store_true", help="skip the peak memory")
+    parser.add_argument("--name", default="training", help="of the CSV and the chart")
     return parser.parse_args(arguments)
 
 
@@ -126,7 +127,8 @@ def main(arguments: list[str] | None = None) -> int:
         add_rates(fresh)
         print(table(fresh, COLUMNS))
         rows += fresh
-    return conclude(rows, red, options.out / "training.csv", machine, "Training: time per step")
+    path = options.out / f"{options.name}.csv"
+    return conclude(rows, red, path, machine, "Training: time per step")
 
 
 if __name__ == "__main__":
