@@ -20,6 +20,10 @@ from .models import Forward, Setting, Unavailable, contender
 
 Engine = Callable[[Tensor], Tensor]
 
+# All contenders of a run share `Logits.forward`; past eight compilations of it, torch.compile would
+# go on in eager mode.
+torch._dynamo.config.recompile_limit = 256
+
 
 class Logits(nn.Module):
     """A model that returns its logits alone, for what takes no classes as results."""
