@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,12 +34,12 @@ def _number(milliseconds: float) -> str:
 def _caption(row: dict[str, Any]) -> str:
     eager = "" if row.get("eager") is None else f", eager: {row['eager']}"
     baseline, layout = row["contender"].rsplit(", ", 1)
-    return (
+    caption = (
         f"Milliseconds, medians; × the speed of {baseline} in {LAYOUTS[layout]}. {row['cpu']}, "
-        f"{row['capability']}, "
-        f"{row['threads']:g} threads of {row['cores']:g} cores; PyTorch {row['torch']}{eager}; "
-        f"{row['date'][:10]}, {row['commit'].removesuffix('+changes')}."
+        f"{row['capability']}, {row['threads']:g} threads of {row['cores']:g} cores; "
+        f"PyTorch {row['torch']}{eager}; {row['date'][:10]}, {row['commit']}."
     )
+    return textwrap.fill(caption, 118)
 
 
 def times(rows: Sequence[dict[str, Any]]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from .blocks import Family, Parts, activation_name, pool_size
-from .subclasses import original_class
+from .subclasses import is_called_directly, original_class
 
 
 def why_not(family: Family, block: nn.Module, parts: Parts) -> str | None:
@@ -40,19 +40,7 @@ def why_not(family: Family, block: nn.Module, parts: Parts) -> str | None:
 def unchanged(parts: Parts, types: tuple[type, ...]) -> bool:
     """Whether the inner modules are still of these types and unhooked: quick, for every forward."""
     modules = parts.inner()
-    if tuple(map(type, modules)) != types:
-        return False
-    for module in modules:
-        attributes = module.__dict__
-        if (
-            attributes["_forward_hooks"]
-            or attributes["_forward_pre_hooks"]
-            or attributes["_backward_hooks"]
-            or attributes["_backward_pre_hooks"]
-            or "forward" in attributes
-        ):
-            return False
-    return True
+    return tuple(map(type, modules)) == types and all(map(is_called_directly, modules))
 
 
 def _name(block: nn.Module, module: nn.Module) -> str:

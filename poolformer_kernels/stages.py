@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from .modules import PoolFormerBlock
-from .subclasses import is_changed, original_class, with_forward
+from .subclasses import is_called_directly, is_changed, original_class, with_forward
 
 Container = nn.Sequential | nn.ModuleList
 
@@ -65,16 +65,9 @@ def _groups_of_statistics(module: Any) -> int:
     """num_groups of the statistics that a block takes and returns; 0 if it may be given none."""
     if type(module) is not PoolFormerBlock and not is_changed(module):
         return 0
-    attributes = module.__dict__
-    if (
-        attributes["_forward_hooks"]
-        or attributes["_forward_pre_hooks"]
-        or attributes["_backward_hooks"]
-        or attributes["_backward_pre_hooks"]
-        or "forward" in attributes
-    ):
+    if not is_called_directly(module):
         return 0
-    children = attributes["_modules"]
+    children = module._modules
     return getattr(children.get("before_norm") or children.get("norm1"), "num_groups", 0)
 
 

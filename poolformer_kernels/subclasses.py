@@ -16,6 +16,18 @@ def original_class(cls: type[nn.Module]) -> Any:
     return getattr(cls, _ORIGINAL, cls)
 
 
+def is_called_directly(module: nn.Module) -> bool:
+    """Whether a call of `module` runs its class's forward and no hook: quick, for every forward."""
+    attributes = module.__dict__
+    return not (
+        attributes["_forward_hooks"]
+        or attributes["_forward_pre_hooks"]
+        or attributes["_backward_hooks"]
+        or attributes["_backward_pre_hooks"]
+        or "forward" in attributes
+    )
+
+
 @functools.cache
 def restored_class(cls: Any) -> Any:
     """`cls` with the forward of the class that it, or a base of it, stands in for.

@@ -28,11 +28,12 @@ DYNAMIC = torch.export.Dim("batch", min=1, max=64)
 
 
 def close(ours: Any, theirs: Any, tolerance: float = 1e-4) -> None:
+    """To `tolerance` of each tensor's largest value, or of a thousandth of the largest of all."""
+    largest = max(b.abs().max().item() for b in theirs)
     for a, b in zip(ours, theirs, strict=True):
         assert a.dtype == b.dtype
-        torch.testing.assert_close(
-            a, b, rtol=tolerance, atol=tolerance * (1 + b.abs().max().item())
-        )
+        scale = max(b.abs().max().item(), 1e-3 * largest)
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * scale)
 
 
 def inference(stock: nn.Module, fused: nn.Module, x: Tensor) -> None:
@@ -53,9 +54,10 @@ def training(stock: nn.Module, fused: nn.Module, x: Tensor) -> None:
 def autocast(stock: nn.Module, fused: nn.Module, x: Tensor) -> None:
     with torch.autocast(x.device.type, torch.bfloat16):
         results = [loss_and_gradients(model.train(), x) for model in (fused, stock)]
+    largest = max(b.float().norm() for b in results[1])
     for a, b in zip(*results, strict=True):
         assert a.dtype == b.dtype
-        assert (a.float() - b.float()).norm() <= 0.1 * b.float().norm() + 1e-3
+        assert (a.float() - b.float()).norm() <= 0.1 * b.float().norm() + 1e-2 * largest
 
 
 def copies(stock: nn.Module, fused: nn.Module, x: Tensor) -> None:
@@ -92,9 +94,10 @@ def compiled_training(stock: nn.Module, fused: nn.Module, x: Tensor) -> None:
     counter = CompileCounterWithBackend("aot_eager")
     torch._dynamo.reset()
     model = torch.compile(fused.train(), fullgraph=True, backend=counter)
-    for pixels in (x, torch.cat([x, x]), torch.cat([x, x, x])):
+    for pixels in (x, torch.cat([x, x, x])):
+        torch._dynamo.mark_dynamic(pixels, 0)
         close(loss_and_gradients(model, pixels), loss_and_gradients(fused, pixels))
-    assert counter.frame_count <= 2, "the second batch size makes the batch dynamic"
+    assert counter.frame_count == 1
 
 
 class Logits(nn.Module):
@@ -153,8 +156,8 @@ def test_cell(feature: Feature, source: str, backend: str) -> None:
     stock = accelerated.make(lambda rate: getattr(accelerated, SOURCES[source])(rate), drop_path)
     stock.to(device)
     fused = pk.accelerate(copy.deepcopy(stock), backend)
-    with pk.use_backend("torch"):
-        stock = pk.accelerate(stock, "torch") if source == "our own" else stock
+    if source == "our own":
+        pk.accelerate(stock, "torch")
     check(stock, fused, torch.randn(2, 3, 32, 32, device=device))
 
 
