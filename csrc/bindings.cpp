@@ -2,12 +2,11 @@
 #include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 
-#include <cmath>
 #include <string>
 #include <tuple>
 #include <vector>
 
-#include "cpu_tensors.h"
+#include "cpu_forward.h"
 
 #ifdef WITH_CUDA
 void bind_cuda(pybind11::module_&);
@@ -16,21 +15,11 @@ void bind_cuda(pybind11::module_&);
 namespace poolformer {
 namespace {
 
-// Merges every `count` partials in a row, in their order.
-std::vector<cpu::Partial> merge_rows(const std::vector<cpu::Partial>& partials, int64_t rows) {
-  std::vector<cpu::Partial> merged(rows);
-  int64_t count = rows ? partials.size() / rows : 0;
-  for (int64_t i = 0; i < rows; ++i) {
-    for (int64_t j = 0; j < count; ++j) cpu::merge(merged[i], partials[i * count + j]);
-  }
-  return merged;
-}
-
 template <class A>
-std::vector<cpu::Partial> read_partials(const Tensor& stats) {
+Partials read_partials(const Tensor& stats) {
   Tensor dense = stats.contiguous();
   const A* p = dense.const_data_ptr<A>();
-  std::vector<cpu::Partial> partials(stats.numel() / 3);
+  Partials partials(stats.numel() / 3);
   for (auto& partial : partials) {
     partial = {static_cast<double>(p[0]), static_cast<double>(p[1]), static_cast<double>(p[2])};
     p += 3;
@@ -38,13 +27,22 @@ std::vector<cpu::Partial> read_partials(const Tensor& stats) {
   return partials;
 }
 
-// (B, G, 1, 3), the merged rows of `partials`.
-Tensor write_stats(const std::vector<cpu::Partial>& partials, const Tensors& t) {
-  int64_t batch = t.image.batch, groups = t.image.groups;
-  Tensor stats = at::empty({batch, groups, 1, 3}, t.x.options().dtype(accumulate_type(t.x)));
+// Of x, one for each image and group, from stats when there are any.
+Partials known_or_taken(const cpu::Kernels& kernels, const Tensors& t,
+                        const OptionalTensor& stats) {
+  if (!stats) return statistics_of(kernels, t.image);
+  return merge_rows(t.x.scalar_type() == at::kDouble ? read_partials<double>(*stats)
+                                                     : read_partials<float>(*stats),
+                    t.image.batch * t.image.groups);
+}
+
+// (B, G, 1, 3)
+Tensor write_stats(const Partials& partials, const Tensors& t) {
+  Tensor stats =
+      at::empty({t.image.batch, t.image.groups, 1, 3}, t.x.options().dtype(accumulate_type(t.x)));
   AT_DISPATCH_FLOATING_TYPES(stats.scalar_type(), "write_stats", [&] {
     scalar_t* p = stats.mutable_data_ptr<scalar_t>();
-    for (const auto& partial : merge_rows(partials, batch * groups)) {
+    for (const auto& partial : partials) {
       *p++ = static_cast<scalar_t>(partial.count);
       *p++ = static_cast<scalar_t>(partial.mean);
       *p++ = static_cast<scalar_t>(partial.m2);
@@ -53,40 +51,19 @@ Tensor write_stats(const std::vector<cpu::Partial>& partials, const Tensors& t) 
   return stats;
 }
 
-// Mean and 1 / std of each image and group, from stats when there are any.
-struct Moments {
-  std::vector<double> mean, rstd;
-  Tensor saved;  // (B, G, 2)
-
-  Moments(const cpu::Kernels& kernels, const Tensors& t, const OptionalTensor& stats, double eps) {
-    int64_t rows = t.image.batch * t.image.groups;
-    std::vector<cpu::Partial> partials;
-    if (stats) {
-      partials = t.x.scalar_type() == at::kDouble ? read_partials<double>(*stats)
-                                                  : read_partials<float>(*stats);
-    } else {
-      int64_t chunks = kernels.statistics_chunks(t.image);
-      partials.resize(rows * chunks);
-      cpu::StatisticsArgs args{t.image, chunks, partials.data()};
-      run(rows * chunks, 8,
-          [&](int64_t begin, int64_t end) { kernels.statistics(args, begin, end); });
+// (B, G, 2)
+Tensor write_moments(const Moments& moments, const Tensors& t) {
+  Tensor saved =
+      at::empty({t.image.batch, t.image.groups, 2}, t.x.options().dtype(accumulate_type(t.x)));
+  AT_DISPATCH_FLOATING_TYPES(saved.scalar_type(), "write_moments", [&] {
+    scalar_t* p = saved.mutable_data_ptr<scalar_t>();
+    for (size_t i = 0; i < moments.mean.size(); ++i) {
+      *p++ = static_cast<scalar_t>(moments.mean[i]);
+      *p++ = static_cast<scalar_t>(moments.rstd[i]);
     }
-    mean.reserve(rows), rstd.reserve(rows);
-    for (const auto& partial : merge_rows(partials, rows)) {
-      mean.push_back(partial.mean);
-      rstd.push_back(1 / std::sqrt(partial.m2 / partial.count + eps));
-    }
-    saved =
-        at::empty({t.image.batch, t.image.groups, 2}, t.x.options().dtype(accumulate_type(t.x)));
-    AT_DISPATCH_FLOATING_TYPES(saved.scalar_type(), "saved", [&] {
-      scalar_t* p = saved.mutable_data_ptr<scalar_t>();
-      for (int64_t i = 0; i < rows; ++i) {
-        *p++ = static_cast<scalar_t>(mean[i]);
-        *p++ = static_cast<scalar_t>(rstd[i]);
-      }
-    });
-  }
-};
+  });
+  return saved;
+}
 
 Tensor no_stats(const Tensor& x) { return at::empty({0}, x.options().dtype(accumulate_type(x))); }
 
@@ -102,7 +79,7 @@ std::tuple<Tensor, Tensor> group_norm_fwd(const Tensor& x, const OptionalTensor&
 
   const auto& kernels = cpu::kernels();
   Tensors t(x, num_groups);
-  Moments moments(kernels, t, stats, eps);
+  Moments moments(known_or_taken(kernels, t, stats), eps);
   Contiguous gamma(weight), beta(bias);
   cpu::GroupNormArgs args{};
   args.in = t.image, args.out = t.out.mutable_data_ptr();
@@ -111,7 +88,7 @@ std::tuple<Tensor, Tensor> group_norm_fwd(const Tensor& x, const OptionalTensor&
   kernels.group_norm_plan(args);
   run(t.image.batch * args.tasks, 4,
       [&](int64_t begin, int64_t end) { kernels.group_norm(args, begin, end); });
-  return {t.out, moments.saved};
+  return {t.out, write_moments(moments, t)};
 }
 
 std::tuple<Tensor, Tensor, Tensor> pool_mixer_fwd(const Tensor& x, const OptionalTensor& stats,
@@ -131,7 +108,7 @@ std::tuple<Tensor, Tensor, Tensor> pool_mixer_fwd(const Tensor& x, const Optiona
 
   const auto& kernels = cpu::kernels();
   Tensors t(x, num_groups);
-  Moments moments(kernels, t, stats, eps);
+  Moments moments(known_or_taken(kernels, t, stats), eps);
   Contiguous gamma(norm_weight), scale(layer_scale);
   Factors k(drop_path);
   cpu::PoolMixerArgs args{};
@@ -139,12 +116,9 @@ std::tuple<Tensor, Tensor, Tensor> pool_mixer_fwd(const Tensor& x, const Optiona
   args.norm_weight = gamma.data(), args.layer_scale = scale.data();
   args.drop_path = k.data(), args.rstd = moments.rstd.data();
   args.pool_size = pool_size;
-  kernels.pool_mixer_plan(args);
-  std::vector<cpu::Partial> partials(return_stats ? t.image.batch * num_groups * args.slots : 0);
-  args.partials = return_stats ? partials.data() : nullptr;
-  run(t.image.batch * args.tasks, 4,
-      [&](int64_t begin, int64_t end) { kernels.pool_mixer(args, begin, end); });
-  return {t.out, moments.saved, return_stats ? write_stats(partials, t) : no_stats(t.x)};
+  Partials partials = run_pool_mixer(kernels, args, return_stats);
+  return {t.out, write_moments(moments, t),
+          return_stats ? write_stats(partials, t) : no_stats(t.x)};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> mlp_fwd(
@@ -163,7 +137,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mlp_fwd(
 
   const auto& kernels = cpu::kernels();
   Tensors t(x, num_groups);
-  Moments moments(kernels, t, stats, eps);
+  Moments moments(known_or_taken(kernels, t, stats), eps);
   Contiguous gamma(norm_weight), beta(norm_bias), w1(fc1_weight), b1(fc1_bias), w2(fc2_weight),
       b2(fc2_bias), scale(layer_scale);
   Factors k(drop_path), ka(hidden_drop_path);
@@ -181,21 +155,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mlp_fwd(
     kept = at::empty({x.size(0), x.size(2), x.size(3), hidden}, fc1_weight.options());
     args.kept = kept.mutable_data_ptr();
   }
-  std::vector<cpu::Partial> partials;
-  if (t.image.batch > 0) {
-    kernels.mlp_plan(args);
-    if (return_stats) partials.resize(t.image.batch * num_groups * args.slots);
-    args.partials = return_stats ? partials.data() : nullptr;
-    Tensor parts = at::empty({static_cast<int64_t>(args.accumulator_bytes)}, at::kByte);
-    args.accumulators = parts.mutable_data_ptr();
-    run(args.tiles * args.splits, 1,
-        [&](int64_t begin, int64_t end) { kernels.mlp(args, begin, end); });
-    if (args.splits > 1) {
-      run(args.panels, 4,
-          [&](int64_t begin, int64_t end) { kernels.mlp_finish(args, begin, end); });
-    }
-  }
-  return {t.out, moments.saved, return_stats ? write_stats(partials, t) : no_stats(t.x), kept};
+  Partials partials = run_mlp(kernels, args, return_stats);
+  return {t.out, write_moments(moments, t), return_stats ? write_stats(partials, t) : no_stats(t.x),
+          kept};
 }
 
 TORCH_LIBRARY_IMPL(poolformer_kernels, CPU, m) {

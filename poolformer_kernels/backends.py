@@ -123,8 +123,6 @@ def _cpu_slower(call: Call) -> str | None:
     if call.dtype == torch.float64:
         return "float64 is there to check gradients, not for speed"
     product = torch.get_autocast_dtype("cpu") if call.autocast else call.dtype
-    if call.op == "patch_embed" and product == torch.float32:
-        return "PyTorch's own convolution is as fast"
     if call.op in ("mlp", "patch_embed") and product in (torch.bfloat16, torch.float16):
         name = "native_bf16" if product == torch.bfloat16 else "native_fp16"
         if getattr(_extension.load(), name)():

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from .drop_path import branch_dtypes
-from .fused import Product, fused_block
+from .fused import Product, block_call, fused_block
+from .ops.blocks import BlockCall
 from .reference import accumulate_dtype
 from .subclasses import original_class
 
@@ -264,3 +265,24 @@ def run_fused(
         return_stats=return_stats,
     )
     return (result,) if family.returns_tuple and not return_stats else result
+
+
+def call_in_chain(
+    family: Family, block: Any, parts: Parts, backend: str | None
+) -> BlockCall | None:
+    """What `stages` may run in place of the forward of `block` where there are no gradients."""
+    act = activation_name(parts.act)
+    if block.training or act is None or parts.residual_scales != (None, None):
+        return None
+    return block_call(
+        parts.norm1,
+        parts.norm2,
+        parts.fc1,
+        second_product(parts),
+        parts.layer_scale_1,
+        parts.layer_scale_2,
+        pool_size=pool_size(parts.pool),
+        act=act,
+        backend=backend,
+        returns_tuple=family.returns_tuple,
+    )

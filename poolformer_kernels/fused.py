@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from . import backends
 from .ops._common import canonical_act, device_type, is_autocast, needs_grad
+from .ops.blocks import BlockCall, BlockParameters, Settings
 from .ops.mlp import mlp
 from .ops.pool_mixer import pool_mixer
 
@@ -45,6 +46,39 @@ def _cast(dtype: torch.dtype, *tensors: Tensor | None) -> list[Any]:
 def _norm_in(norm: nn.GroupNorm | Norm, dtype: torch.dtype) -> Norm:
     weight, bias = _cast(dtype, norm.weight, norm.bias)
     return Norm(weight, bias, norm.num_groups, norm.eps)
+
+
+def block_call(
+    norm1: nn.GroupNorm,
+    norm2: nn.GroupNorm,
+    fc1: nn.Conv2d | Product,
+    fc2: nn.Conv2d | Product,
+    layer_scale_1: Tensor | None,
+    layer_scale_2: Tensor | None,
+    *,
+    pool_size: int,
+    act: str | Callable[[Tensor], Tensor],
+    backend: str | None,
+    returns_tuple: bool = False,
+) -> BlockCall | None:
+    """What `blocks` runs for this block, not in training; None if it needs the ops one by one."""
+    name = canonical_act(act)
+    if name == "callable" or (norm1.num_groups, norm1.eps) != (norm2.num_groups, norm2.eps):
+        return None
+    parameters = BlockParameters(
+        norm1.weight,
+        norm1.bias,
+        layer_scale_1,
+        norm2.weight,
+        norm2.bias,
+        fc1.weight,
+        fc1.bias,
+        fc2.weight,
+        fc2.bias,
+        layer_scale_2,
+    )
+    settings = Settings(pool_size, norm1.num_groups, norm1.eps, name)
+    return BlockCall(parameters, settings, backend, returns_tuple)
 
 
 def fused_block(

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from .drop_path import branch_dtypes, draw_block_drop_path, draw_drop_path
-from .fused import fused_block
+from .fused import block_call, fused_block
 from .ops._common import canonical_act, check_pool_size
+from .ops.blocks import BlockCall
 from .ops.group_norm import group_norm
 from .ops.mlp import mlp
 from .ops.pool_mixer import pool_mixer
@@ -237,6 +238,22 @@ class PoolFormerBlock(nn.Module):
             backend=self.backend,
             stats=stats,
             return_stats=return_stats,
+        )
+
+    def call_in_chain(self) -> BlockCall | None:
+        """What `stages` may run in place of `forward` where there are no gradients."""
+        if self.training:
+            return None
+        return block_call(
+            self.before_norm,
+            self.after_norm,
+            self.output.conv1,
+            self.output.conv2,
+            self.layer_scale_1,
+            self.layer_scale_2,
+            pool_size=self.pool_size,
+            act=self.hidden_act,
+            backend=self.backend,
         )
 
     def extra_repr(self) -> str:

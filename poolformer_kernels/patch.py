@@ -22,10 +22,11 @@ import torch
 from torch import nn
 
 from . import backends
-from .blocks import FAMILIES, activation_name, family_of, run_fused
+from .blocks import FAMILIES, activation_name, call_in_chain, family_of, run_fused
 from .embeddings import PatchEmbed, accelerate_embeddings, restore_embeddings
 from .fitness import unchanged, why_not
 from .modules import GroupNorm, Mlp, PoolFormerBlock, PoolMixer
+from .ops.blocks import BlockCall
 from .stages import link, unlink
 from .subclasses import original_class, restored_class, with_forward
 
@@ -231,7 +232,13 @@ def _accelerated(cls: type[nn.Module]) -> type[nn.Module]:
             return_stats=return_stats,
         )
 
-    return with_forward(cls, forward, _rebuild)
+    def call(self: nn.Module) -> BlockCall | None:
+        parts = family.parts(self)
+        if "forward" in self.__dict__ or not unchanged(parts, self.__dict__.get(_TYPES, ())):
+            return None
+        return call_in_chain(family, self, parts, getattr(self, _BACKEND))
+
+    return with_forward(cls, forward, _rebuild, call_in_chain=call)
 
 
 def _rebuild(cls: Any) -> nn.Module:

@@ -51,12 +51,13 @@ def with_forward(
     cls: type[nn.Module],
     forward: Callable[..., Any],
     rebuild: Callable[[type[nn.Module]], nn.Module],
+    **methods: Callable[..., Any],
 ) -> type[nn.Module]:
     """A subclass of `cls` under its own name. pickle and deepcopy start from `rebuild(cls)`."""
 
     def reduce_ex(self: nn.Module, protocol: Any) -> Any:
         return rebuild, (cls,), self.__dict__
 
-    members = {"forward": forward, "__reduce_ex__": reduce_ex, _ORIGINAL: cls}
+    members = {"forward": forward, "__reduce_ex__": reduce_ex, _ORIGINAL: cls, **methods}
     members |= {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
     return type(cls.__name__, (cls,), members)

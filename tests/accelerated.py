@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 import poolformer_kernels as pk
+from poolformer_kernels import stages
 
 WIDTHS, DEPTHS = [8, 16, 24, 32], [1, 2, 3, 2]
 BLOCKS = sum(DEPTHS)
@@ -109,13 +110,20 @@ def mixers_given_statistics() -> Iterator[list[bool]]:
     """For each pass of a mixer, whether it got statistics, and so read x once less."""
     module = importlib.import_module("poolformer_kernels.ops.pool_mixer")
     given: list[bool] = []
-    forward = module._forward_op
+    forward, run_blocks = module._forward_op, stages.run_blocks
 
     def count(x: Tensor, stats: Tensor | None, *args: Any) -> Any:
         given.append(stats is not None)
         return forward(x, stats, *args)
 
-    with mock.patch.object(module, "_forward_op", count):
+    def count_blocks(x: Tensor, calls: Any) -> Tensor:
+        given.extend(place > 0 for place in range(len(calls)))
+        return run_blocks(x, calls)
+
+    with (
+        mock.patch.object(module, "_forward_op", count),
+        mock.patch.object(stages, "run_blocks", count_blocks),
+    ):
         yield given
 
 

@@ -102,7 +102,7 @@ AUTO = [
     ({"autocast": True}, {"bf16": True}, "torch"),
     ({"autocast": True, "op": "pool_mixer", "act": None}, {"bf16": True}, "cpu"),
     ({"autocast": True, "dtype": torch.float64}, {}, "torch"),
-    ({"op": "patch_embed", "act": None}, {}, "torch"),
+    ({"op": "patch_embed", "act": None}, {}, "cpu"),
     ({"op": "patch_embed", "act": None, "dtype": torch.bfloat16}, {}, "cpu"),
     ({"op": "patch_embed", "act": None, "dtype": torch.bfloat16}, {"bf16": True}, "torch"),
     ({"op": "patch_embed", "act": None, "autocast": True}, {}, "cpu"),

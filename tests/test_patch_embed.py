@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 import poolformer_kernels as pk
-from poolformer_kernels import embeddings, reference
+from poolformer_kernels import _extension, embeddings, reference
 
-CPU = pytest.mark.skipif(not cases.KERNELS, reason="no CPU kernels")
+CPU = pytest.mark.skipif(_extension.load() is None, reason="no CPU kernels")
 OP = "poolformer_kernels::patch_embed_fwd"
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 DTYPES = [*cases.DTYPES, torch.float64]

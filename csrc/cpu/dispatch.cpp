@@ -1,6 +1,7 @@
 // Which instruction set runs, and the memory of each thread.
 #include <unistd.h>
 
+#include <array>
 #include <atomic>
 #include <cstdlib>
 #include <memory>
@@ -93,16 +94,20 @@ void set_capability(const std::string& name) { current() = find(name, "the CPU c
 bool has_native_bf16() { return features().bf16; }
 bool has_native_fp16() { return features().fp16; }
 
-void* scratch(size_t bytes) {
-  thread_local std::unique_ptr<void, AlignedDelete> memory;
-  thread_local size_t size = 0;
-  if (bytes > size) {
-    memory.reset();
-    size = 0;
-    memory.reset(::operator new(bytes, std::align_val_t{64}));
-    size = bytes;
+void* scratch(size_t bytes, Scratch purpose) {
+  struct Memory {
+    std::unique_ptr<void, AlignedDelete> data;
+    size_t size = 0;
+  };
+  thread_local std::array<Memory, static_cast<size_t>(Scratch::kCount)> all;
+  Memory& memory = all[static_cast<size_t>(purpose)];
+  if (bytes > memory.size) {
+    memory.data.reset();
+    memory.size = 0;
+    memory.data.reset(::operator new(bytes, std::align_val_t{64}));
+    memory.size = bytes;
   }
-  return memory.get();
+  return memory.data.get();
 }
 
 int64_t l2_bytes() {

@@ -193,8 +193,10 @@ void set_capability(const std::string& name);  // throws std::invalid_argument
 bool has_native_bf16();
 bool has_native_fp16();
 
-// Memory of this thread, aligned to 64 bytes, valid until its next call.
-void* scratch(size_t bytes);
+// Memory of this thread, aligned to 64 bytes, valid until its next call with the same purpose. It
+// is kept, so that a model that runs again asks the system for no memory.
+enum class Scratch { kTask, kSums, kActivation, kCount };
+void* scratch(size_t bytes, Scratch purpose = Scratch::kTask);
 int64_t l2_bytes();
 
 }  // namespace poolformer::cpu
