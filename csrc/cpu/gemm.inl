@@ -99,16 +99,59 @@ static void multiply_panels(int64_t rows, int64_t depth, int64_t panels, const A
   }
 }
 
+// out[i] (+)= sum over k of left[i][k] * column[k], for one pixel alone: the vectors run along k.
+template <class A, int kCount>
+static void multiply_column(int count, const A* left, int64_t stride, const A* column,
+                            int64_t depth, A* out, int64_t out_stride, bool add) {
+  if constexpr (kCount > 1) {
+    if (count < kCount) {
+      return multiply_column<A, kCount - 1>(count, left, stride, column, depth, out, out_stride,
+                                            add);
+    }
+  }
+  constexpr int w = kLanes<A>;
+  Vec<A> sums[kCount][2];
+#pragma GCC unroll 16
+  for (int i = 0; i < kCount; ++i) sums[i][0] = sums[i][1] = Vec<A>{};
+  int64_t k = 0;
+  for (; k + 2 * w <= depth; k += 2 * w) {
+    Vec<A> first = load(column + k), second = load(column + k + w);
+#pragma GCC unroll 16
+    for (int i = 0; i < kCount; ++i) {
+      sums[i][0] += load(left + i * stride + k) * first;
+      sums[i][1] += load(left + i * stride + k + w) * second;
+    }
+  }
+  for (int i = 0; i < kCount; ++i) {
+    Vec<A> both = sums[i][0] + sums[i][1];
+    A sum = 0;
+    for (int lane = 0; lane < w; ++lane) sum += both[lane];
+    for (int64_t j = k; j < depth; ++j) sum += left[i * stride + j] * column[j];
+    A* to = out + i * out_stride;
+    *to = add ? *to + sum : sum;
+  }
+}
+
+// Values that gemm needs beside its operands: weights of 16 bits as A, and one pixel as a column.
+constexpr int64_t gemm_spare(int64_t depth) { return (kRows + 1) * depth; }
+
 // A product of weight (rows, depth) with `panels` panels, the last of them `last_lanes` lanes wide.
-// `spare`: kRows * depth values, for weights of 16 bits.
+// `spare`: gemm_spare(depth) values.
 template <class T>
 static void gemm(const T* weight, int64_t stride, int64_t rows, int64_t depth, const Acc<T>* in,
                  int64_t in_stride, int64_t panels, int64_t last_lanes, Acc<T>* out,
                  int64_t out_stride, bool add, Acc<T>* spare) {
   using A = Acc<T>;
   constexpr int n = kPanel<A>;
+  constexpr int64_t line = 64 / sizeof(T);
+  A* column = spare + kRows * depth;
+  for (int64_t k = 0; last_lanes == 1 && k < depth; ++k) {
+    column[k] = in[(panels - 1) * in_stride + k * n];
+  }
+  // The next rows come from memory while these are multiplied: each panel asks for some of them.
+  int64_t share = (depth + panels * line - 1) / (panels * line) * line;
   for (int64_t r = 0; r < rows; r += kRows) {
-    int count = static_cast<int>(rows - r < kRows ? rows - r : kRows);
+    int count = static_cast<int>(smaller(rows - r, kRows));
     const A* block;
     int64_t block_stride;
     if constexpr (std::is_same_v<T, A>) {
@@ -121,13 +164,21 @@ static void gemm(const T* weight, int64_t stride, int64_t rows, int64_t depth, c
       block = spare;
       block_stride = depth;
     }
+    int64_t next = r + kRows, next_end = smaller(next + kRows, rows);
     for (int64_t p = 0; p < panels; ++p) {
+      for (int64_t row = next; row < next_end; ++row) {
+        for (int64_t k = p * share; k < smaller((p + 1) * share, depth); k += line) {
+          __builtin_prefetch(weight + row * stride + k);
+        }
+      }
       A* to = out + p * out_stride + r * n;
       const A* from = in + p * in_stride;
-      if (p + 1 == panels && last_lanes <= kLanes<A>) {
+      if (p + 1 < panels || last_lanes > kLanes<A>) {
+        multiply_rows<false, A, kRows, 2>(count, block, block_stride, from, n, depth, to, n, add);
+      } else if (last_lanes > 1) {
         multiply_rows<false, A, kRows, 1>(count, block, block_stride, from, n, depth, to, n, add);
       } else {
-        multiply_rows<false, A, kRows, 2>(count, block, block_stride, from, n, depth, to, n, add);
+        multiply_column<A, kRows>(count, block, block_stride, column, depth, to, n, add);
       }
     }
   }

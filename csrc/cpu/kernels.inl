@@ -17,7 +17,7 @@ static void mlp(const MlpArgs& args, int64_t begin, int64_t end) {
     using A = Acc<T>;
     int64_t most = (args.panels + args.tiles - 1) / args.tiles, channels = args.in.channels;
     int64_t size = most * (2 * channels + args.chunk) * kPanel<A> +
-                   kRows * larger(channels, args.chunk) + args.chunk + 3 * channels;
+                   gemm_spare(larger(channels, args.chunk)) + args.chunk + 3 * channels;
     A* memory = static_cast<A*>(scratch(size * sizeof(A)));
     for (int64_t task = begin; task < end; ++task) {
       mlp_tile<T>(args, task / args.splits, task % args.splits, memory);

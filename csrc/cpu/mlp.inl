@@ -25,6 +25,10 @@ static void mlp_plan_typed(MlpArgs& args) {
   } else {
     while (wanted % args.tiles) ++args.tiles;
     args.splits = smaller(wanted / args.tiles, chunks);
+    // Few panels: the hidden in equal parts, each as long as the cache allows.
+    int64_t part = (args.hidden + args.splits - 1) / args.splits;
+    int64_t steps = (part + POOLFORMER_CHUNK * 11 / 4 - 1) / (POOLFORMER_CHUNK * 11 / 4);
+    args.chunk = smaller(round_up((part + steps - 1) / steps, kRows), args.hidden);
   }
   args.slots = (in.pixels() + n - 1) / n + 1;
   args.accumulator_bytes = args.splits == 1 ? 0 : args.splits * args.panels * in.channels * unit;
@@ -183,7 +187,7 @@ static void mlp_tile(const MlpArgs& args, int64_t tile, int64_t split, Acc<T>* m
   A* sums = x + count * panel_size;
   A* hidden = sums + count * panel_size;
   A* spare = hidden + count * args.chunk * n;
-  A* bias = spare + kRows * larger(channels, args.chunk);
+  A* bias = spare + gemm_spare(larger(channels, args.chunk));
   A *center = bias + args.chunk, *scale = center + channels, *shift = scale + channels;
   if (args.splits > 1) {
     sums = static_cast<A*>(args.accumulators) + (split * args.panels + first) * panel_size;

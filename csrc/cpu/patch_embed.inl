@@ -179,7 +179,7 @@ static void patch_embed_tile(const PatchEmbedArgs& args, int64_t tile, int64_t p
   A* panels = bias + round_up(out.channels, n);
   A* sums = panels + count * depth * n;
   A* spare = sums + count * rows * n;
-  A* data = spare + kRows * step;
+  A* data = spare + gemm_spare(step);
   Band band(args);
   load_all<T>(as<T>(args.bias), bias, out.channels, A(0));
   fill_band<T>(args, first * n, (count - 1) * n + last_lanes, band, data, windows);
@@ -208,7 +208,7 @@ static void patch_embed(const PatchEmbedArgs& args, int64_t begin, int64_t end) 
     int64_t most = (args.panels + args.tiles - 1) / args.tiles, channels = args.out.channels;
     int64_t depth = args.depth(), taps = args.kernel[0] * args.kernel[1];
     int64_t size = round_up(channels, n) + most * (depth + channels) * n +
-                   kRows * depth_step(depth) + args.band_rows * Band(args).row();
+                   gemm_spare(depth_step(depth)) + args.band_rows * Band(args).row();
     int64_t bytes = round_up(size * sizeof(A), sizeof(int64_t));
     char* memory = static_cast<char*>(scratch(bytes + (most * n + depth) * sizeof(int64_t)));
     int64_t* windows = reinterpret_cast<int64_t*>(memory + bytes);
