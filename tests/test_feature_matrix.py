@@ -149,8 +149,10 @@ def cells() -> Iterator[Any]:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize(("feature", "source", "backend"), [*cells()])
-def test_cell(feature: Feature, source: str, backend: str) -> None:
+def test_cell(feature: Feature, source: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     check: Callable[[nn.Module, nn.Module, Tensor], None] = globals()[feature.check]
+    if feature.kernels:  # tracing a block takes a second
+        monkeypatch.setattr(accelerated, "DEPTHS", [1, 2, 1, 1])
     device = "cuda" if backend in GPU else "cpu"
     drop_path = 0.3 if "training" in feature.check else 0.0
     stock = accelerated.make(lambda rate: getattr(accelerated, SOURCES[source])(rate), drop_path)
