@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 import poolformer_kernels as pk
 
+DRAWING = ("training", "autocast", "checkpointing", "compiled_training")  # what is dropped
 DYNAMIC = torch.export.Dim("batch", min=1, max=64)
 
 
@@ -154,7 +155,7 @@ def test_cell(feature: Feature, source: str, backend: str, monkeypatch: pytest.M
     if feature.kernels:  # tracing a block takes a second
         monkeypatch.setattr(accelerated, "DEPTHS", [1, 2, 1, 1])
     device = "cuda" if backend in GPU else "cpu"
-    drop_path = 0.3 if "training" in feature.check else 0.0
+    drop_path = 0.3 if feature.check in DRAWING else 0.0
     stock = accelerated.make(lambda rate: getattr(accelerated, SOURCES[source])(rate), drop_path)
     stock.to(device)
     fused = pk.accelerate(copy.deepcopy(stock), backend)

@@ -2,7 +2,7 @@
 
 torchrun --nproc-per-node 2 --max-restarts 1 train_worker.py FOLDER OPTIONS...
 
-FOLDER gets ddp, whole, killed, and in `left` what the killed run had left at its restart.
+FOLDER gets ddp, fsdp, whole, killed, and in `left` what the killed run had left at its restart.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ def main(folder: Path, options: list[str]) -> None:
 
     if first:
         run("ddp", *PLAIN)
+        run("fsdp", *PLAIN, *SHARDED)
         run("whole", *SHARDED)
         if rank == 1:
             trainer.Trainer.train_step = until_killed
