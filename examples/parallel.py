@@ -64,6 +64,21 @@ def process_group(device: str | None) -> Iterator[Place]:
         dist.destroy_process_group()
 
 
+def check_restarts() -> None:
+    """Refuse to be started by a torchrun whose restarts may hang.
+
+    It keeps the addresses of a group that was killed, and the next group may wait at those.
+
+    Source: https://github.com/pytorch/pytorch/issues/135712.
+    """
+    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if shared and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
+        raise ValueError(
+            "after a restart by torchrun, processes may wait for ever for those that were killed. "
+            "Set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun, or leave out --max-restarts."
+        )
+
+
 def replicate(model: nn.Module, place: Place) -> nn.Module:
     """`model` in DDP."""
     devices = [place.device] if place.device.type == "cuda" else None

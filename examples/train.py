@@ -13,7 +13,7 @@ original's changed once an epoch, and all rates are scaled by the batch's size.
 --out holds steps.csv, epochs.csv, TensorBoard's files if it is installed, checkpoints, and the
 models `best` and `last` for from_pretrained. With --resume a run that was killed goes on from its
 last checkpoint, in the middle of an epoch, and does what it would have done: see seeding.py.
-torchrun --max-restarts 3 does so by itself.
+TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --max-restarts 3 does so by itself.
 
 The parts are timm's (transforms, mixup, averaged weights, optimizer groups, schedule), because the
 released weights were trained with them, and the Hugging Face Trainer has no such recipe for images;

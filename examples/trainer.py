@@ -35,11 +35,12 @@ class Trainer:
     Raises:
         FileNotFoundError, ModuleNotFoundError: data, weights or a package are not there.
         FileExistsError: --out holds a run, and --resume was not given.
-        ValueError: options that contradict one another, the data or the checkpoint.
+        ValueError: options that contradict one another, torchrun's, the data or the checkpoint.
     """
 
     def __init__(self, options: argparse.Namespace, place: parallel.Place) -> None:
         self.options, self.place = options, place
+        parallel.check_restarts()
         _check(options, place.world)
         self._open_data()
         self._make_model()

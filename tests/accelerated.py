@@ -10,7 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
-from original import original_poolformer
+from original import PoolFormer
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
@@ -59,6 +59,10 @@ def timm_v2(drop_path: float = 0.0) -> nn.Module:
         num_classes=5,
         drop_path_rate=drop_path,
     )
+
+
+def original_poolformer(drop_path: float = 0.0) -> nn.Module:
+    return PoolFormer(DEPTHS, WIDTHS, 5, drop_path)
 
 
 def own(drop_path: float = 0.0) -> nn.Module:

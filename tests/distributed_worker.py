@@ -6,7 +6,9 @@ torchrun --nproc-per-node 2 distributed_worker.py FOLDER
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,27 +16,31 @@ from pathlib import Path
 from typing import Any
 
 import accelerated
+import feature_matrix
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import poolformer_kernels as pk
+from poolformer_kernels import _extension
 
-STEPS, BATCH = 4, 4
-SOURCES: dict[str, Callable[..., nn.Module]] = {"own": accelerated.own}
+STEPS, BATCH = 2, 4
+Batches = list[tuple[Tensor, Tensor]]
 
 
-def add_sources() -> None:
-    for name, source in (("transformers", accelerated.hugging_face), ("timm", accelerated.timm)):
-        try:
-            __import__(name)
-        except ImportError:
-            continue
-        SOURCES[name] = source
+def sources() -> dict[str, Callable[..., nn.Module]]:
+    """Those of the matrix whose library is there."""
+    absent = [n for n in ("transformers", "timm") if importlib.util.find_spec(n) is None]
+    return {
+        name: getattr(accelerated, function)
+        for name, function in feature_matrix.SOURCES.items()
+        if name.split(",")[0] not in absent
+    }
 
 
 def loss_of(model: nn.Module, pixels: Tensor, labels: Tensor) -> Tensor:
@@ -45,27 +51,40 @@ def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=3e-3)
 
 
+def mean_of(loss: Tensor) -> float:
+    """Over all processes."""
+    total = loss.detach().clone()
+    dist.all_reduce(total)
+    return total.item() / dist.get_world_size()
+
+
 def train(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batches: list[tuple[Tensor, Tensor]],
-    result: dict[str, Any] | None = None,
-) -> list[float]:
-    """The mean loss of each step over all processes; every parameter has to get a gradient."""
-    losses = []
-    for pixels, labels in batches:
+    model: nn.Module, optimizer: torch.optim.Optimizer, batches: Batches
+) -> tuple[list[float], list[Tensor | None]]:
+    """The loss of each step, meant over all processes, and the first step's gradients."""
+    losses, first = [], []
+    for step, (pixels, labels) in enumerate(batches):
         loss = loss_of(model, pixels, labels)
         loss.backward()
-        if result is not None:
-            result["without"] = [n for n, p in model.named_parameters() if p.grad is None]
+        if step == 0:
+            first = [whole(p.grad) for p in model.parameters()]
         optimizer.step()
         optimizer.zero_grad()
-        total = loss.detach().clone()
-        if result is not None:
-            dist.all_reduce(total)
-            total /= dist.get_world_size()
-        losses.append(total.item())
-    return losses
+        losses.append(mean_of(loss))
+    return losses, first
+
+
+def whole(gradient: Tensor | None) -> Tensor | None:
+    """A copy, gathered from all processes if it is sharded."""
+    return gradient.full_tensor() if isinstance(gradient, DTensor) else copy.deepcopy(gradient)
+
+
+def error_of(ours: Tensor | None, expected: Tensor, largest: float) -> float:
+    """The largest error, in units of the largest value, or of a thousandth of the model's."""
+    if ours is None:
+        return math.inf
+    scale = max(expected.abs().max().item(), 1e-3 * largest)
+    return (ours - expected).abs().max().item() / scale
 
 
 def sharded(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
@@ -76,22 +95,35 @@ def sharded(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     return fully_shard(model, mp_policy=replace(inside, output_dtype=torch.float32))
 
 
-def compare(source: Callable[..., nn.Module], batches: Any, mine: Any) -> dict[str, Any]:
-    """Losses of one process on whole batches, and of all of them on their parts."""
-    torch.manual_seed(0)
-    model = pk.accelerate(accelerated.make(source)).train()
+WAYS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "DDP": DistributedDataParallel,
+    "FSDP2": sharded,
+    "FSDP2 bfloat16": lambda model: sharded(model, torch.bfloat16),
+}
+
+
+def compare(source: Callable[..., nn.Module], batches: Batches, mine: Batches) -> dict[str, Any]:
+    """One process on whole batches, and all of them on their parts of them.
+
+    Losses; the error of each parameter's first gradient; the blocks that run fused.
+    """
+    model = pk.accelerate(accelerated.make_again(source), "cpu").train()
+    names = [name for name, _ in model.named_parameters()]
     alone = copy.deepcopy(model)
-    result: dict[str, Any] = {"one": train(alone, optimizer_of(alone), batches)}
-    replicated = DistributedDataParallel(copy.deepcopy(model))
-    result["ddp"] = train(replicated, optimizer_of(replicated), mine, result)
-    for name, dtype in (("fsdp", None), ("fsdp bfloat16", torch.bfloat16)):
-        split = sharded(copy.deepcopy(model), dtype)
-        result[name] = train(split, optimizer_of(split), mine, result)
-        result["fused"] = len(pk.report(split).fused)
+    losses, expected = train(alone, optimizer_of(alone), batches)
+    largest = max(gradient.abs().max().item() for gradient in expected)
+    result: dict[str, Any] = {"one": losses}
+    for way, wrap in WAYS.items():
+        wrapped = wrap(copy.deepcopy(model))
+        losses, gradients = train(wrapped, optimizer_of(wrapped), mine)
+        pairs = zip(names, gradients, expected, strict=True)
+        errors = {name: error_of(ours, theirs, largest) for name, ours, theirs in pairs}
+        fused = len(pk.report(wrapped).fused)
+        result[way] = {"losses": losses, "errors": errors, "fused": fused}
     return result
 
 
-def resume(folder: Path, mine: Any) -> dict[str, Any]:
+def resume(folder: Path, mine: Batches) -> dict[str, Any]:
     """Losses after a checkpoint of a sharded run, without and with a way through the checkpoint."""
 
     def start() -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -99,26 +131,26 @@ def resume(folder: Path, mine: Any) -> dict[str, Any]:
         return model, optimizer_of(model)
 
     model, optimizer = start()
-    train(model, optimizer, mine[:2])
+    train(model, optimizer, mine[:1])
     state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
     dcp.save(state, checkpoint_id=folder)
-    expected = train(model, optimizer, mine[2:])
+    expected, _ = train(model, optimizer, mine[1:] * 2)
     model, optimizer = start()
     state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
     dcp.load(state, checkpoint_id=folder)
     set_state_dict(
         model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
     )
-    return {"expected": expected, "resumed": train(model, optimizer, mine[2:])}
+    return {"expected": expected, "resumed": train(model, optimizer, mine[1:] * 2)[0]}
 
 
-def change(mine: Any) -> dict[str, Any]:
+def change(mine: Batches) -> dict[str, Any]:
     """Accelerated, and put on another backend, and restored, while sharded."""
     model = accelerated.make_again(accelerated.own)
     foreign = accelerated.make_again(accelerated.SOURCES[2])
     result: dict[str, Any] = {}
     for name, one in (("own", model), ("original", foreign)):
-        whole = copy.deepcopy(one)
+        alone = copy.deepcopy(one)
         pk.accelerate(one)
         split = sharded(one)
         block = accelerated.first_block(split)
@@ -127,7 +159,7 @@ def change(mine: Any) -> dict[str, Any]:
             change(split)
             classes.append(isinstance(block, torch.distributed.fsdp.FSDPModule))
             losses.append(loss_of(split, *mine[0]).item())
-        expected = loss_of(whole, *mine[0]).item()
+        expected = loss_of(alone, *mine[0]).item()
         result[name] = {"losses": losses, "expected": expected, "classes": classes}
     return result
 
@@ -135,7 +167,6 @@ def change(mine: Any) -> dict[str, Any]:
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    add_sources()
     rank, part = dist.get_rank(), BATCH // dist.get_world_size()
     generator = torch.Generator().manual_seed(5)
     batches = [
@@ -146,7 +177,9 @@ def main(folder: Path) -> None:
         for _ in range(STEPS)
     ]
     mine = [(p[rank * part :][:part], y[rank * part :][:part]) for p, y in batches]
-    result: dict[str, Any] = {n: compare(source, batches, mine) for n, source in SOURCES.items()}
+    result: dict[str, Any] = {}
+    if _extension.load() is not None:
+        result = {name: compare(source, batches, mine) for name, source in sources().items()}
     result["resume"] = resume(folder / "checkpoint", mine)
     result["change"] = change(mine)
     if rank == 0:

@@ -23,21 +23,21 @@ SOURCES = {
 class Feature:
     """A row. check: its function in test_feature_matrix.py, or file::test.
 
-    gpu: on GPU backends too; traced: the "torch" backend, where tracing finds stock operators
-    alone, is left out.
+    gpu: on GPU backends too; kernels: the "torch" backend is left out, where tracing finds stock
+    operators alone, and processes take long to start.
     """
 
     name: str
     check: str
     sources: tuple[str, ...] = tuple(SOURCES)
     gpu: bool = False
-    traced: bool = False
+    kernels: bool = False
 
     def backends(self, source: str) -> tuple[str, ...]:
         """Those that a test runs; PoolFormerV2's activation has no kernel on GPUs."""
         if source not in self.sources:
             return ()
-        if self.traced:
+        if self.kernels:
             return ("cpu",)
         return (*CPU, *GPU) if self.gpu and source != "timm, V2" else CPU
 
@@ -49,11 +49,19 @@ FEATURES = (
     Feature("deepcopy, pickle, torch.save", "copies"),
     Feature("torch.utils.checkpoint", "checkpointing"),
     Feature(
-        "torch.compile, any batch, any size of 64² or more, one graph", "compiled", traced=True
+        "torch.compile, any batch, any size of 64² or more, one graph", "compiled", kernels=True
     ),
-    Feature("torch.compile, training", "compiled_training", traced=True),
-    Feature("torch.export, saved and loaded, any batch", "exported", traced=True),
+    Feature("torch.compile, training", "compiled_training", kernels=True),
+    Feature("torch.export, saved and loaded, any batch", "exported", kernels=True),
     Feature("torch.onnx.export (a stock graph)", "onnx"),
+    *(
+        Feature(
+            f"{way}, two processes, gloo: every gradient",
+            "test_distributed.py::test_losses_and_gradients_are_those_of_one_process",
+            kernels=True,
+        )
+        for way in ("DDP", "FSDP2")
+    ),
     Feature(
         "Auto classes, pipeline",
         "test_transformers.py::test_a_pipeline_of_an_auto_model",

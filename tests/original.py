@@ -96,8 +96,3 @@ class PoolFormer(nn.Module):
         for module in self.network:
             x = module(x)
         return self.head(self.norm(x).mean([-2, -1]))
-
-
-def original_poolformer(drop_path: float = 0.0) -> PoolFormer:
-    """A small one."""
-    return PoolFormer([1, 2, 3, 2], [8, 16, 24, 32], 5, drop_path)

@@ -22,11 +22,12 @@ from accelerated import (
     loss_and_gradients,
     make,
     mixers_given_statistics,
+    original_poolformer,
     stages_of,
     timm,
 )
 from cases import KERNELS
-from original import PoolFormerBlock, original_poolformer
+from original import PoolFormerBlock
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 

@@ -22,11 +22,11 @@ from accelerated import (
     loss_and_gradients,
     make,
     mixers_given_statistics,
+    original_poolformer,
     stages_of,
     timm,
 )
 from cases import KERNELS
-from original import original_poolformer
 from torch import Tensor, nn
 
 import poolformer_kernels as pk

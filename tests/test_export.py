@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,9 @@ def test_a_program_compiled_ahead_runs_the_ops(backend: str, tmp_path: Path) -> 
     path = torch._inductor.aoti_compile_and_package(
         exported(model, pixels), package_path=str(tmp_path / "model.pt2")
     )
+    with zipfile.ZipFile(path) as package:
+        calls = b"".join(package.read(name) for name in package.namelist() if ".json" in name)
+    assert calls.count(b"pool_mixer_fwd") == calls.count(b"mlp_fwd") == sum(SIZES["depths"])
     runner = torch._inductor.aoti_load_package(path)
     for size in (2, 3):
         more = torch.randn(size, 3, 64, 64)

@@ -35,6 +35,7 @@ def test_maps_are_those_of_plain_pytorch(backend: str) -> None:
 
 def test_a_detector_trains() -> None:
     model = feature_pyramid.detector(make(), num_classes=3).train()
+    assert model.anchor_generator.sizes == ((32,), (64,), (128,), (256,))
     boxes = torch.tensor([[4.0, 4.0, 40.0, 36.0]])
     losses = model([torch.rand(3, 64, 64)], [{"boxes": boxes, "labels": torch.tensor([1])}])
     sum(losses.values()).backward()

@@ -121,6 +121,24 @@ def test_fakes_agree_with_the_kernels(op: str, backend: str, layout: str) -> Non
         assert a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
 
 
+@pytest.mark.parametrize("op", ["pool_mixer", "group_norm"])
+def test_another_backend_cannot_run_on_a_gpu(op: str) -> None:
+    """A call of the dispatcher, past the choice of a backend in Python."""
+    x, saved = torch.randn(2, 8, 4, 5).cuda(), torch.ones(2, 1, 2).cuda()
+    vectors: tuple[Any, ...] = (None, None)
+    forward: tuple[Any, ...] = (1, 1e-5)
+    backward: tuple[Any, ...] = (None,)
+    if op == "pool_mixer":
+        vectors, forward, backward = (None,) * 3, (3, *forward, False), (*vectors, None, 3)
+    ops = torch.ops.poolformer_kernels
+    for direction, given in (
+        ("fwd", (x, None, *vectors, *forward)),
+        ("bwd", (x, x, saved, *backward)),
+    ):
+        with pytest.raises(ValueError, match=f"^{op}: the tensors are on a GPU and backend is"):
+            getattr(ops, f"{op}_{direction}")(*given, "cpu")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_autograd_saves_the_hidden_only_if_asked_to(backend: str, dtype: torch.dtype) -> None:

@@ -65,6 +65,17 @@ def test_autocast_follows_eager(
     assert [t.dtype for t in ours] == [t.dtype for t in eager]
 
 
+@pytest.mark.parametrize("op", ["pool_mixer", "mlp"])
+@pytest.mark.parametrize("backend", KERNELS)
+def test_under_autocast_a_layer_scale_makes_the_result_float32(backend: str, op: str) -> None:
+    """Also of the bfloat16 that the convolution before a stage returns."""
+    x, params, options = setup(op, Case((2, 8, 7, 5)), "nchw", torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        for name in (backend, "torch"):
+            result = getattr(pk, op)(x.bfloat16(), *params, backend=name, **options)
+            assert result.dtype == torch.float32
+
+
 @pytest.mark.parametrize("backend", KERNELS)
 def test_long_sums_have_at_most_twice_the_error_of_eager(backend: str) -> None:
     x, params, options = setup("mlp", Case((8, 320, 14, 14)), "nchw", torch.float32)

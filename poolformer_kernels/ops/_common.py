@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -83,36 +84,32 @@ def cuda_function(name: str) -> Callable[..., Any]:
     return function
 
 
-def gpu_kernel(op: str, direction: str, backend: str) -> Callable[..., Any] | None:
-    """The "forward" or "backward" of `op` on a GPU; None where `backend` is none of GPUs."""
+def gpu_kernel(op: str, direction: str, backend: str) -> Callable[..., Any]:
+    """The "forward" or "backward" of `op` on a GPU.
+
+    Raises:
+        BackendUnavailable: this build has no CUDA kernels.
+        ValueError: `backend` is none of GPUs'.
+    """
     if backend == "triton":
         return getattr(kernels(op), direction)
     if backend == "cuda":
         return cuda_function(f"{op}_{direction}")
-    return None
+    raise ValueError(
+        f"{op}: the tensors are on a GPU and backend is {backend!r}; this op runs backends 'cuda' "
+        "and 'triton' there."
+    )
 
 
 def register_gpu(op: str) -> None:
-    """Let GPU kernels implement the forward of `op` there."""
+    """Let GPU kernels implement forward and backward of `op` there."""
 
-    def forward(*args: Any) -> Any:
+    def run(direction: str, *args: Any) -> Any:
         *arguments, backend = args
-        kernel = gpu_kernel(op, "forward", backend)
-        if kernel is None:
-            raise ValueError(
-                f"{op}: the tensors are on a GPU and backend is {backend!r}; this op runs "
-                "backends 'cuda' and 'triton' there."
-            )
-        return kernel(*arguments)
+        return gpu_kernel(op, direction, backend)(*arguments)
 
-    LIBRARY.impl(f"{op}_fwd", forward, "CUDA")
-
-
-def finish_backward(x: Tensor, grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Gradients (dx, parameters') as ops return them: dense, in x's dtype and memory format."""
-    dx, *parameters = grads
-    dense = (grad.to(x.dtype).contiguous() for grad in parameters)
-    return empty_like_op_output(x).copy_(dx), *dense
+    LIBRARY.impl(f"{op}_fwd", partial(run, "forward"), "CUDA")
+    LIBRARY.impl(f"{op}_bwd", partial(run, "backward"), "CUDA")
 
 
 class _Once(torch.autograd.Function):

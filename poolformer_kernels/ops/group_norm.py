@@ -40,18 +40,9 @@ def _fake_backward(
     return common.empty_like_op_output(x), x.new_empty(channels), x.new_empty(channels)
 
 
-def _backward(
-    dy: Tensor, x: Tensor, saved: Tensor, weight: Tensor | None, backend: str
-) -> tuple[Tensor, ...]:
-    if (kernel := common.gpu_kernel("group_norm", "backward", backend)) is not None:
-        return kernel(dy, x, saved, weight)
-    return common.finish_backward(x, reference.group_norm_backward(dy, x, saved, weight))
-
-
 common.register_fake("group_norm_fwd", _fake_forward)
 common.register_fake("group_norm_bwd", _fake_backward)
 common.register_gpu("group_norm")
-common.LIBRARY.impl("group_norm_bwd", _backward, "CompositeExplicitAutograd")
 
 
 _forward_op = torch.ops.poolformer_kernels.group_norm_fwd.default

@@ -69,20 +69,9 @@ def _fake_backward(
     return common.empty_like_op_output(x), *grads
 
 
-def _backward(
-    dz: Tensor, x: Tensor, saved: Tensor, hidden: Tensor | None, *args: Any
-) -> tuple[Tensor, ...]:
-    *arguments, backend = args
-    if (kernel := common.gpu_kernel("mlp", "backward", backend)) is not None:
-        return kernel(dz, x, saved, hidden, *arguments)
-    with torch.autocast(common.device_type(x), enabled=False):
-        return common.finish_backward(x, reference.mlp_backward(dz, x, saved, *arguments))
-
-
 common.register_fake("mlp_fwd", _fake_forward)
 common.register_fake("mlp_bwd", _fake_backward)
 common.register_gpu("mlp")
-common.LIBRARY.impl("mlp_bwd", _backward, "CompositeExplicitAutograd")
 
 
 _forward_op = torch.ops.poolformer_kernels.mlp_fwd.default

@@ -50,27 +50,9 @@ def _fake_backward(
     return common.empty_like_op_output(x), x.new_empty(channels), x.new_empty(channels)
 
 
-def _backward(
-    dy: Tensor,
-    x: Tensor,
-    saved: Tensor,
-    norm_weight: Tensor | None,
-    layer_scale: Tensor | None,
-    drop_path: Tensor | None,
-    pool_size: int,
-    backend: str,
-) -> tuple[Tensor, ...]:
-    args = (dy, x, saved, norm_weight, layer_scale, drop_path, pool_size)
-    if (kernel := common.gpu_kernel("pool_mixer", "backward", backend)) is not None:
-        return kernel(*args)
-    grads = reference.pool_mixer_backward(*args)
-    return common.finish_backward(x, grads)
-
-
 common.register_fake("pool_mixer_fwd", _fake_forward)
 common.register_fake("pool_mixer_bwd", _fake_backward)
 common.register_gpu("pool_mixer")
-common.LIBRARY.impl("pool_mixer_bwd", _backward, "CompositeExplicitAutograd")
 
 
 _forward_op = torch.ops.poolformer_kernels.pool_mixer_fwd.default
