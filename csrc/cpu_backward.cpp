@@ -219,12 +219,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mlp_b
   args.fc1_bias_gradient = dfc1_bias.mutable_data_ptr();
   args.fc2_gradient = dfc2.mutable_data_ptr();
   kernels.mlp_backward_plan(args);
-  auto bytes = [](size_t size) { return at::empty({static_cast<int64_t>(size)}, at::kByte); };
-  Tensor weights = bytes(args.weights_bytes), parts = bytes(args.parts_bytes),
-         gradient = bytes(args.gradient_bytes);
+  auto aligned = [](size_t size) { return (size + 63) / 64 * 64; };
+  size_t weights = aligned(args.weights_bytes), parts = aligned(args.parts_bytes);
+  auto* memory = static_cast<char*>(
+      cpu::scratch(weights + parts + args.gradient_bytes, cpu::Scratch::kSums));
+  args.weights = memory, args.parts = memory + weights, args.gradient = memory + weights + parts;
   std::vector<double> column_sums(args.row_parts * channels), scale_sums(args.panels * channels);
-  args.weights = weights.mutable_data_ptr(), args.parts = parts.mutable_data_ptr();
-  args.gradient = gradient.mutable_data_ptr();
   args.column_sums = column_sums.data(), args.scale_sums = scale_sums.data();
   auto run_kernel = [&](auto kernel, int64_t tasks, int64_t grain) {
     run(tasks, grain, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
