@@ -221,8 +221,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mlp_b
   kernels.mlp_backward_plan(args);
   auto aligned = [](size_t size) { return (size + 63) / 64 * 64; };
   size_t weights = aligned(args.weights_bytes), parts = aligned(args.parts_bytes);
-  auto* memory = static_cast<char*>(
-      cpu::scratch(weights + parts + args.gradient_bytes, cpu::Scratch::kSums));
+  auto* memory =
+      static_cast<char*>(cpu::scratch(weights + parts + args.gradient_bytes, cpu::Scratch::kSums));
   args.weights = memory, args.parts = memory + weights, args.gradient = memory + weights + parts;
   std::vector<double> column_sums(args.row_parts * channels), scale_sums(args.panels * channels);
   args.column_sums = column_sums.data(), args.scale_sums = scale_sums.data();

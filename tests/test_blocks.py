@@ -195,13 +195,11 @@ def test_the_op_itself_refuses_what_is_no_block() -> None:
         op(x, [None] * 10, 3, 1, 1e-5, "gelu", "triton")
 
 
-def test_opcheck() -> None:
-    block = make(own).poolformer.encoder.block[2][0]
-    call = block.call_in_chain()
-    for layout in (torch.contiguous_format, torch.channels_last):
-        x = torch.randn(2, 24, 5, 4).to(memory_format=layout)
-        parameters = [None if t is None else t.detach() for t in call.parameters]
-        torch.library.opcheck(
-            torch.ops.poolformer_kernels.blocks_fwd.default,
-            (x, parameters * 2, *call.settings, "cpu"),
-        )
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_opcheck(dtype: torch.dtype, layout: torch.memory_format) -> None:
+    call = make(own).poolformer.encoder.block[2][0].to(dtype).call_in_chain()
+    x = torch.randn(2, 24, 5, 4, dtype=dtype).to(memory_format=layout)
+    parameters = [None if t is None else t.detach() for t in call.parameters]
+    op = torch.ops.poolformer_kernels.blocks_fwd.default
+    torch.library.opcheck(op, (x, parameters * 2, *call.settings, "cpu"))

@@ -1,8 +1,8 @@
 // With g = dL/dy, P the window average, s = layer_scale·γ, k the drop-path factor, r = 1/std, n the
 // elements of an image and group, Q = Σ_hw g·(Px − x) and T = Σ_c k·s·Q, three launches: partial
 // sums of Q and T (reads g and x), dx = g + k·r·s·(Pᵀg − g) − (r³·T/n)·(x − mean) (reads g and x
-// again, from the end that L2 still holds, and writes dx), and the parameters' gradients, where more
-// than one part of an image has to be summed for them.
+// again, from the end that L2 still holds, and writes dx), and the parameters' gradients, where
+// more than one part of an image has to be summed for them.
 #include "planes.cuh"
 #include "pooling.cuh"
 #include "sums.cuh"
