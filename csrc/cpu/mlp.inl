@@ -25,9 +25,10 @@ static void mlp_plan_typed(MlpArgs& args) {
   } else {
     while (wanted % args.tiles) ++args.tiles;
     args.splits = smaller(wanted / args.tiles, chunks);
-    // Few panels: the hidden in equal parts, each as long as the cache allows.
+    // Few panels leave room in the cache: longer chunks, and as many for each part of the hidden.
+    constexpr int64_t longest = POOLFORMER_CHUNK * 11 / 4;
     int64_t part = (args.hidden + args.splits - 1) / args.splits;
-    int64_t steps = (part + POOLFORMER_CHUNK * 11 / 4 - 1) / (POOLFORMER_CHUNK * 11 / 4);
+    int64_t steps = (part + longest - 1) / longest;
     args.chunk = smaller(round_up((part + steps - 1) / steps, kRows), args.hidden);
   }
   args.slots = (in.pixels() + n - 1) / n + 1;
