@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .drop_path import branch_dtypes
-from .fused import Product, block_call, fused_block
+from .fused import Halves, Product, block_call, fused_block
 from .ops.blocks import BlockCall
 from .reference import accumulate_dtype
 from .subclasses import original_class
@@ -230,6 +230,20 @@ def pool_size(pool: nn.AvgPool2d) -> int:
     return sizes.pop() if len(sizes) == 1 else 0
 
 
+def halves(parts: Parts) -> Halves:
+    """What the fused ops compute with."""
+    return Halves(
+        parts.norm1,
+        parts.norm2,
+        parts.fc1,
+        second_product(parts),
+        parts.layer_scale_1,
+        parts.layer_scale_2,
+        pool_size(parts.pool),
+        activation_name(parts.act) or parts.act,
+    )
+
+
 def run_fused(
     family: Family,
     block: Any,
@@ -248,16 +262,9 @@ def run_fused(
     """
     result = fused_block(
         x,
-        parts.norm1,
-        parts.norm2,
-        parts.fc1,
-        second_product(parts),
-        parts.layer_scale_1,
-        parts.layer_scale_2,
+        halves(parts),
         family.factors(block, x) if block.training else (None, None, None),
         parts.residual_scales,
-        pool_size=pool_size(parts.pool),
-        act=activation_name(parts.act) or parts.act,
         save_hidden=save_hidden,
         residual_in_fp32=residual_in_fp32,
         backend=backend,
@@ -271,18 +278,6 @@ def call_in_chain(
     family: Family, block: Any, parts: Parts, backend: str | None
 ) -> BlockCall | None:
     """What `stages` may run in place of the forward of `block` where there are no gradients."""
-    act = activation_name(parts.act)
-    if block.training or act is None or parts.residual_scales != (None, None):
+    if block.training or parts.residual_scales != (None, None):
         return None
-    return block_call(
-        parts.norm1,
-        parts.norm2,
-        parts.fc1,
-        second_product(parts),
-        parts.layer_scale_1,
-        parts.layer_scale_2,
-        pool_size=pool_size(parts.pool),
-        act=act,
-        backend=backend,
-        returns_tuple=family.returns_tuple,
-    )
+    return block_call(halves(parts), backend=backend, returns_tuple=family.returns_tuple)

@@ -48,20 +48,38 @@ def _norm_in(norm: nn.GroupNorm | Norm, dtype: torch.dtype) -> Norm:
     return Norm(weight, bias, norm.num_groups, norm.eps)
 
 
+class Halves(NamedTuple):
+    """What the two halves of a block are made of, in any library's block.
+
+    layer_scale_1, layer_scale_2: (C) or None; pool_size, act: as `pool_mixer` and `mlp` take them.
+    """
+
+    norm1: nn.GroupNorm | Norm
+    norm2: nn.GroupNorm | Norm
+    fc1: nn.Conv2d | Product
+    fc2: nn.Conv2d | Product
+    layer_scale_1: Tensor | None
+    layer_scale_2: Tensor | None
+    pool_size: int
+    act: str | Callable[[Tensor], Tensor]
+
+    def to(self, dtype: torch.dtype) -> Halves:
+        """All parameters in `dtype`; gradients come back in their own."""
+        return self._replace(
+            norm1=_norm_in(self.norm1, dtype),
+            norm2=_norm_in(self.norm2, dtype),
+            fc1=Product(*_cast(dtype, self.fc1.weight, self.fc1.bias)),
+            fc2=Product(*_cast(dtype, self.fc2.weight, self.fc2.bias)),
+            layer_scale_1=_cast(dtype, self.layer_scale_1)[0],
+            layer_scale_2=_cast(dtype, self.layer_scale_2)[0],
+        )
+
+
 def block_call(
-    norm1: nn.GroupNorm,
-    norm2: nn.GroupNorm,
-    fc1: nn.Conv2d | Product,
-    fc2: nn.Conv2d | Product,
-    layer_scale_1: Tensor | None,
-    layer_scale_2: Tensor | None,
-    *,
-    pool_size: int,
-    act: str | Callable[[Tensor], Tensor],
-    backend: str | None,
-    returns_tuple: bool = False,
+    block: Halves, *, backend: str | None, returns_tuple: bool = False
 ) -> BlockCall | None:
     """What `blocks` runs for this block, not in training; None if it needs the ops one by one."""
+    norm1, norm2, fc1, fc2, layer_scale_1, layer_scale_2, pool_size, act = block
     name = canonical_act(act)
     if name == "callable" or (norm1.num_groups, norm1.eps) != (norm2.num_groups, norm2.eps):
         return None
@@ -83,24 +101,17 @@ def block_call(
 
 def fused_block(
     x: Tensor,
-    norm1: nn.GroupNorm | Norm,
-    norm2: nn.GroupNorm | Norm,
-    fc1: nn.Conv2d | Product,
-    fc2: nn.Conv2d | Product,
-    layer_scale_1: Tensor | None,
-    layer_scale_2: Tensor | None,
+    block: Halves,
     factors: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None),
     residual_scales: tuple[Tensor | None, Tensor | None] = (None, None),
     *,
-    pool_size: int,
-    act: str | Callable[[Tensor], Tensor],
     save_hidden: bool | None = None,
     residual_in_fp32: bool = True,
     backend: str | None = None,
     stats: Tensor | None = None,
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor | None]:
-    """Both halves of a block, from modules with its parameters; factors (mixer, hidden, MLP).
+    """Both halves of a block; factors of its images' branches: (mixer, hidden, MLP).
 
     residual_scales: (C) each, what PoolFormerV2 multiplies the residual of mixer and MLP with.
     residual_in_fp32: under autocast, False runs all of it in autocast's dtype (see `accelerate`).
@@ -109,26 +120,19 @@ def fused_block(
     if not residual_in_fp32 and is_autocast(x):
         device = device_type(x)
         dtype = torch.get_autocast_dtype(device)
-        vectors = (layer_scale_1, layer_scale_2, *residual_scales)
-        layer_scale_1, layer_scale_2, *scales = _cast(dtype, *vectors)
+        scales = _cast(dtype, *residual_scales)
         with torch.autocast(device, enabled=False):
             return fused_block(
                 x.to(dtype),
-                _norm_in(norm1, dtype),
-                _norm_in(norm2, dtype),
-                Product(*_cast(dtype, fc1.weight, fc1.bias)),
-                Product(*_cast(dtype, fc2.weight, fc2.bias)),
-                layer_scale_1,
-                layer_scale_2,
+                block.to(dtype),
                 factors,
                 (scales[0], scales[1]),
-                pool_size=pool_size,
-                act=act,
                 save_hidden=save_hidden,
                 backend=backend,
                 stats=stats,
                 return_stats=return_stats,
             )
+    norm1, norm2, fc1, fc2, layer_scale_1, layer_scale_2, pool_size, act = block
     k1, hidden_drop_path, k2 = factors
     scale_1, scale_2 = residual_scales
     grad = needs_grad(x, fc1.weight, fc2.weight)

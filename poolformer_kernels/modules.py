@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .drop_path import branch_dtypes, draw_block_drop_path, draw_drop_path
-from .fused import block_call, fused_block
+from .fused import Halves, block_call, fused_block
 from .ops._common import canonical_act, check_pool_size
 from .ops.blocks import BlockCall
 from .ops.group_norm import group_norm
@@ -224,15 +224,8 @@ class PoolFormerBlock(nn.Module):
             )
         return fused_block(
             x,
-            self.before_norm,
-            self.after_norm,
-            self.output.conv1,
-            self.output.conv2,
-            self.layer_scale_1,
-            self.layer_scale_2,
+            self._halves(),
             (k1, hidden_drop_path, k2),
-            pool_size=self.pool_size,
-            act=self.hidden_act,
             save_hidden=self.save_hidden,
             residual_in_fp32=self.residual_in_fp32,
             backend=self.backend,
@@ -242,18 +235,18 @@ class PoolFormerBlock(nn.Module):
 
     def call_in_chain(self) -> BlockCall | None:
         """What `stages` may run in place of `forward` where there are no gradients."""
-        if self.training:
-            return None
-        return block_call(
+        return None if self.training else block_call(self._halves(), backend=self.backend)
+
+    def _halves(self) -> Halves:
+        return Halves(
             self.before_norm,
             self.after_norm,
             self.output.conv1,
             self.output.conv2,
             self.layer_scale_1,
             self.layer_scale_2,
-            pool_size=self.pool_size,
-            act=self.hidden_act,
-            backend=self.backend,
+            self.pool_size,
+            self.hidden_act,
         )
 
     def extra_repr(self) -> str:

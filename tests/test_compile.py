@@ -9,6 +9,7 @@ import pytest
 import torch
 from cases import BACKENDS, DTYPES, KERNELS, Case
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import poolformer_kernels as pk
 from poolformer_kernels import _extension
@@ -92,6 +93,23 @@ def test_compiled_model_equals_the_uncompiled_one(source: Any, train: bool, back
     before, after = (step(m, model, x, labels) for m in (model, compiled))
     for a, b in zip(after, before, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * (1 + b.abs().max().item()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("source", [hugging_face, own])
+def test_all_other_batch_sizes_add_one_graph(source: Any, train: bool, backend: str) -> None:
+    """As users compile: nothing is marked as dynamic."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    model = pk.accelerate(source(), backend).train(train)
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for batch in (2, 3, 5, 8):
+        x, labels = torch.randn(batch, 3, 64, 96), torch.arange(batch) % 5
+        before, after = (step(m, model, x, labels) for m in (model, compiled))
+        torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
+    assert counter.frame_count == 2, "the second batch size makes the batch dynamic"
 
 
 def step(callable_: Any, model: torch.nn.Module, x: Tensor, labels: Tensor) -> list[Tensor]:

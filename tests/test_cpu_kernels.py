@@ -30,6 +30,8 @@ CASES = [  # beyond those of test_ops: several tiles, splits of the hidden, tail
     Case((7, 33, 1, 1), hidden=1, drop=True),
     Case((2, 5, 1, 40), pool_size=1001, act="relu"),
     Case((1, 512, 7, 7), hidden=900),
+    Case((1, 24, 7, 7), hidden=2400),  # a lone pixel, two chunks in each part of the hidden
+    Case((1, 24, 19, 27), hidden=200),  # and in each of several tiles
     Case((1, 3, 130, 70), pool_size=5, affine=False),
 ]
 
