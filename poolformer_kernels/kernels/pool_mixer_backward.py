@@ -1,10 +1,9 @@
 """The backward of pool_mixer on Triton.
 
 With g = dL/dy, P the window average, s = layer_scale·γ, k the drop-path factor, r = 1/std, n the
-elements of an image and group, Q = Σ_hw g·(Px − x) and T = Σ_c k·s·Q, three
-launches: partial sums of Q and T (reads g and x), dx = g + k·r·s·(Pᵀg − g) − (r³·T/n)·(x − mean)
-(reads g and x again, writes dx), and the parameters' gradients, summed over the partial sums in a
-fixed order.
+elements of an image and group, Q = Σ_hw g·(Px − x) and T = Σ_c k·s·Q, three launches: partial sums
+of Q and T (reads g and x), dx = g + k·r·s·(Pᵀg − g) − (r³·T/n)·(x − mean) (reads g and x again,
+writes dx), and the parameters' gradients, summed over the partial sums in a fixed order.
 """
 
 from __future__ import annotations
