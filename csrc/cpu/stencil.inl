@@ -185,6 +185,10 @@ class RowPool {
   template <class F>
   PF_INLINE_METHOD void operator()(const T* x, int64_t first, int64_t last, F&& f) {
     int64_t channels = in_.channels, most = block(cut_, in_), pad = cut_.pad_w;
+    if (pad == 1) {
+      for (int64_t h = first; h < last; ++h) slide(x, h, f);
+      return;
+    }
     for (int64_t start = 0; start < channels; start += most) {
       int64_t wide = smaller(most, channels - start);
       for (int64_t i = 0; i < pad * wide; ++i) {
@@ -196,6 +200,63 @@ class RowPool {
   }
 
  private:
+  // Windows three wide: the sums of three columns stay in registers, for so many channels at a
+  // time that what is read and written lies together.
+  template <class F>
+  PF_INLINE_METHOD void slide(const T* x, int64_t h, F&& f) {
+    constexpr int w = kLanes<A>, kBlock = 64 / w < 8 ? 64 / w : 8;
+    int64_t c = 0;
+    slide_blocks<Vec<A>, kBlock>(x, h, c, f);
+    slide_blocks<Vec<A>, kBlock / 2>(x, h, c, f);
+    slide_blocks<Vec<A>, 1>(x, h, c, f);
+    slide_blocks<A, 1>(x, h, c, f);
+  }
+
+  // From channel c on, as long as blocks are whole.
+  template <class V, int kCount, class F>
+  PF_INLINE_METHOD void slide_blocks(const T* x, int64_t h, int64_t& c, F&& f) {
+    constexpr int64_t step = kCount * sizeof(V) / sizeof(A);
+    int64_t top = larger(h - cut_.pad_h, 0);
+    int64_t rows = smaller(h + cut_.pad_h, in_.height - 1) - top + 1;
+    for (; c + step <= in_.channels; c += step) {
+      if (rows == 3) {  // known there: no loop over rows
+        slide_block<V, kCount>(x, h, top, 3, c, f);
+      } else {
+        slide_block<V, kCount>(x, h, top, rows, c, f);
+      }
+    }
+  }
+
+  template <class V, int kCount, class F>
+  PF_INLINE_METHOD void slide_block(const T* x, int64_t h, int64_t top, int64_t rows, int64_t c,
+                                    F&& f) {
+    constexpr int lanes = sizeof(V) / sizeof(A);
+    int64_t channels = in_.channels, width = in_.width, stride = width * channels;
+    const A *weights = row_ + top, *columns = column_;  // what is stored may alias members
+    const T* from = x + top * stride + c;
+    A scale = row_[h];
+    auto column = [&](int64_t i, int j) {
+      V v = sum_rows<kTransposed, V>(from + i * channels + j * lanes, stride, rows, weights);
+      if constexpr (kTransposed) v *= columns[i];
+      return v;
+    };
+    V left[kCount], middle[kCount];
+#pragma GCC unroll 8
+    for (int j = 0; j < kCount; ++j) left[j] = V{}, middle[j] = column(0, j);
+    for (int64_t i = 0; i < width; ++i) {
+      A inverse = scale * columns[i];
+      int64_t at = h * stride + i * channels + c;
+#pragma GCC unroll 8
+      for (int j = 0; j < kCount; ++j) {
+        V right = i + 1 < width ? column(i + 1, j) : V{};
+        V v = left[j] + middle[j] + right, center = load_as<V>(x + at + j * lanes);
+        if constexpr (!kTransposed) v *= inverse;
+        f(at + j * lanes, c + j * lanes, v - center, center);
+        left[j] = middle[j], middle[j] = right;
+      }
+    }
+  }
+
   template <class F>
   PF_INLINE_METHOD void one_row(const T* x, int64_t h, int64_t start, int64_t wide, F&& f) {
     int64_t channels = in_.channels, width = in_.width, stride = width * channels;
