@@ -33,6 +33,7 @@ CASES = [  # beyond those of test_ops: parts of pixels and of the hidden, tails 
     Case((2, 5, 1, 40), pool_size=1001, act="relu"),
     Case((1, 512, 7, 7), hidden=900),
     Case((1, 3, 130, 70), pool_size=5, affine=False),
+    Case((1, 37, 6, 2), pool_size=5),  # five rows of three columns
 ]
 
 

@@ -33,6 +33,7 @@ CASES = [  # beyond those of test_ops: several tiles, splits of the hidden, tail
     Case((1, 24, 7, 7), hidden=2400),  # a lone pixel, two chunks in each part of the hidden
     Case((1, 24, 19, 27), hidden=200),  # and in each of several tiles
     Case((1, 3, 130, 70), pool_size=5, affine=False),
+    Case((1, 37, 6, 2), pool_size=5),  # five rows of three columns
 ]
 
 
