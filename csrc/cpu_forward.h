@@ -57,14 +57,21 @@ inline Partials run_pool_mixer(const cpu::Kernels& kernels, cpu::PoolMixerArgs& 
 inline Partials run_mlp(const cpu::Kernels& kernels, cpu::MlpArgs& args, bool wanted) {
   if (args.in.batch == 0) return {};
   int64_t rows = args.in.batch * args.in.groups;
+  args.threads = at::get_num_threads();
   kernels.mlp_plan(args);
   Partials partials(wanted ? rows * args.slots : 0);
   args.partials = wanted ? partials.data() : nullptr;
-  args.accumulators = cpu::scratch(args.accumulator_bytes, cpu::Scratch::kSums);
-  run(args.tiles * args.splits, 1,
-      [&](int64_t begin, int64_t end) { kernels.mlp(args, begin, end); });
-  if (args.splits > 1) {
-    run(args.panels, 4, [&](int64_t begin, int64_t end) { kernels.mlp_finish(args, begin, end); });
+  args.shared = cpu::scratch(args.shared_bytes, cpu::Scratch::kSums);
+  auto run_kernel = [&](auto kernel, int64_t tasks, int64_t grain) {
+    run(tasks, grain, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  };
+  if (args.tiles > 0) {
+    run_kernel(kernels.mlp_tiles, args.tiles, 1);
+  } else {
+    run_kernel(kernels.mlp_pack, args.panels, 2);
+    run_kernel(kernels.mlp_fc1, args.fc1_blocks, 8);
+    run_kernel(kernels.mlp_fc2, args.fc2_blocks, 8);
+    run_kernel(kernels.mlp_finish, args.panels, 2);
   }
   return merge_rows(partials, wanted ? rows : 0);
 }

@@ -22,7 +22,7 @@ if C is None:
 OPS = ["pool_mixer", "mlp", "group_norm"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 CAPABILITIES = C.cpu_capabilities()
-CASES = [  # beyond those of test_ops: several tiles, splits of the hidden, tails of every vector
+CASES = [  # beyond those of test_ops: several tiles, phases, tails of every vector
     Case((1, 64, 40, 56), hidden=200),
     Case((3, 160, 7, 7), drop=True, mean=3.0, hidden=330),
     Case((1, 192, 14, 15), num_groups=3, act="silu", hidden=300),
@@ -30,8 +30,8 @@ CASES = [  # beyond those of test_ops: several tiles, splits of the hidden, tail
     Case((7, 33, 1, 1), hidden=1, drop=True),
     Case((2, 5, 1, 40), pool_size=1001, act="relu"),
     Case((1, 512, 7, 7), hidden=900),
-    Case((1, 24, 7, 7), hidden=2400),  # a lone pixel, two chunks in each part of the hidden
-    Case((1, 24, 19, 27), hidden=200),  # and in each of several tiles
+    Case((1, 24, 7, 7), hidden=2400),  # phases, a lone pixel, long sums in steps
+    Case((1, 24, 19, 27), hidden=200),  # a lone pixel in tiles
     Case((1, 3, 130, 70), pool_size=5, affine=False),
     Case((1, 37, 6, 2), pool_size=5),  # five rows of three columns
 ]

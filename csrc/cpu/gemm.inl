@@ -7,6 +7,16 @@
 namespace poolformer::cpu::POOLFORMER_ISA {
 
 constexpr int kRows = POOLFORMER_ROWS;  // kRows x 2 vectors of sums, 2 + 1 more: all registers
+constexpr int kUnroll = 3;
+constexpr int64_t kDepth = 320;  // of one sum; sums of steps have half the error of a long one
+
+// Keeps a vector that is used several times in a register: read anew by each use, it would take
+// more of the load units than there is.
+#if defined(__x86_64__)
+#define PF_KEEP(v) asm("" : "+v"(v))
+#else
+#define PF_KEEP(v)
+#endif
 
 // Element (i, k) of a left operand is at i * stride + k, or, where it is kept in columns, at
 // k * stride + i.
@@ -20,10 +30,14 @@ PF_INLINE void multiply_step(const A* const* rows, int64_t stride, const A* pane
                              Vec<A> (&sums)[kCount][kVectors]) {
   Vec<A> in[kVectors];
 #pragma GCC unroll 2
-  for (int j = 0; j < kVectors; ++j) in[j] = load(panel + j * kLanes<A>);
+  for (int j = 0; j < kVectors; ++j) {
+    in[j] = load(panel + j * kLanes<A>);
+    PF_KEEP(in[j]);
+  }
 #pragma GCC unroll 16
   for (int i = 0; i < kCount; ++i) {
     Vec<A> value = splat(kColumns ? rows[0][k * stride + i] : rows[i][k]);
+    PF_KEEP(value);
 #pragma GCC unroll 2
     for (int j = 0; j < kVectors; ++j) sums[i][j] += value * in[j];
   }
@@ -54,15 +68,20 @@ static __attribute__((noinline)) void multiply(const A* left, int64_t left_strid
   for (int i = 0; i < kCount; ++i) rows[i] = left + i * left_stride;
   int64_t k = 0;
 #pragma GCC unroll 1
-  for (; k + 2 <= depth; k += 2) {  // two at a time: 95 % of the peak, one at a time 83 %
-    multiply_step<kColumns>(rows, left_stride, panel + k * panel_stride, k, sums);
-    multiply_step<kColumns>(rows, left_stride, panel + (k + 1) * panel_stride, k + 1, sums);
+  for (; k + kUnroll <= depth; k += kUnroll) {
+#pragma GCC unroll 4
+    for (int u = 0; u < kUnroll; ++u) {
+      multiply_step<kColumns>(rows, left_stride, panel + (k + u) * panel_stride, k + u, sums);
+    }
   }
-  if (k < depth) multiply_step<kColumns>(rows, left_stride, panel + k * panel_stride, k, sums);
+#pragma GCC unroll 1
+  for (; k < depth; ++k) {
+    multiply_step<kColumns>(rows, left_stride, panel + k * panel_stride, k, sums);
+  }
 #pragma GCC unroll 16
   for (int i = 0; i < kCount; ++i) {
 #pragma GCC unroll 2
-    for (int j = 0; j < kVectors; ++j) {  // chunk by chunk: half the error of one long sum
+    for (int j = 0; j < kVectors; ++j) {
       A* to = out + i * out_stride + j * w;
       store(to, add ? load(to) + sums[i][j] : sums[i][j]);
     }
@@ -135,6 +154,32 @@ static void multiply_column(int count, const A* left, int64_t stride, const A* c
 // Values that gemm needs beside its operands: weights of 16 bits as A, and one pixel as a column.
 constexpr int64_t gemm_spare(int64_t depth) { return (kRows + 1) * depth; }
 
+// Asks for rows that are needed soon, some lines at a time.
+class Ahead {
+ public:
+  template <class T>
+  Ahead(const T* rows, int64_t stride, int64_t count, int64_t depth)
+      : row_(reinterpret_cast<const char*>(rows)),
+        stride_(stride * sizeof(T)),
+        line_(0),
+        lines_((depth * sizeof(T) + kLine - 1) / kLine),
+        left_(larger(count, 0) * lines_) {}
+
+  int64_t left() const { return left_; }
+
+  void ask(int64_t count) {
+    for (count = smaller(count, left_), left_ -= count; count > 0; --count) {
+      __builtin_prefetch(row_ + line_ * kLine);
+      if (++line_ == lines_) line_ = 0, row_ += stride_;
+    }
+  }
+
+ private:
+  static constexpr int64_t kLine = 64;
+  const char* row_;
+  int64_t stride_, line_, lines_, left_;
+};
+
 // A product of weight (rows, depth) with `panels` panels, the last of them `last_lanes` lanes wide.
 // `spare`: gemm_spare(depth) values.
 template <class T>
@@ -143,13 +188,10 @@ static void gemm(const T* weight, int64_t stride, int64_t rows, int64_t depth, c
                  int64_t out_stride, bool add, Acc<T>* spare) {
   using A = Acc<T>;
   constexpr int n = kPanel<A>;
-  constexpr int64_t line = 64 / sizeof(T);
   A* column = spare + kRows * depth;
   for (int64_t k = 0; last_lanes == 1 && k < depth; ++k) {
     column[k] = in[(panels - 1) * in_stride + k * n];
   }
-  // The next rows come from memory while these are multiplied: each panel asks for some of them.
-  int64_t share = (depth + panels * line - 1) / (panels * line) * line;
   for (int64_t r = 0; r < rows; r += kRows) {
     int count = static_cast<int>(smaller(rows - r, kRows));
     const A* block;
@@ -164,21 +206,25 @@ static void gemm(const T* weight, int64_t stride, int64_t rows, int64_t depth, c
       block = spare;
       block_stride = depth;
     }
-    int64_t next = r + kRows, next_end = smaller(next + kRows, rows);
+    // The next rows come from memory while these are multiplied.
+    Ahead ahead(weight + (r + kRows) * stride, stride, smaller(rows - r - kRows, kRows), depth);
+    int64_t share = (ahead.left() + panels - 1) / panels;
     for (int64_t p = 0; p < panels; ++p) {
-      for (int64_t row = next; row < next_end; ++row) {
-        for (int64_t k = p * share; k < smaller((p + 1) * share, depth); k += line) {
-          __builtin_prefetch(weight + row * stride + k);
-        }
-      }
+      ahead.ask(share);
       A* to = out + p * out_stride + r * n;
       const A* from = in + p * in_stride;
-      if (p + 1 < panels || last_lanes > kLanes<A>) {
-        multiply_rows<false, A, kRows, 2>(count, block, block_stride, from, n, depth, to, n, add);
-      } else if (last_lanes > 1) {
-        multiply_rows<false, A, kRows, 1>(count, block, block_stride, from, n, depth, to, n, add);
-      } else {
-        multiply_column<A, kRows>(count, block, block_stride, column, depth, to, n, add);
+      for (int64_t k = 0; k < depth; k += kDepth) {
+        int64_t size = smaller(depth - k, kDepth);
+        bool more = add || k > 0;
+        if (p + 1 < panels || last_lanes > kLanes<A>) {
+          multiply_rows<false, A, kRows, 2>(count, block + k, block_stride, from + k * n, n, size,
+                                            to, n, more);
+        } else if (last_lanes > 1) {
+          multiply_rows<false, A, kRows, 1>(count, block + k, block_stride, from + k * n, n, size,
+                                            to, n, more);
+        } else {
+          multiply_column<A, kRows>(count, block + k, block_stride, column + k, size, to, n, more);
+        }
       }
     }
   }

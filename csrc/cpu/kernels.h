@@ -109,12 +109,14 @@ struct MlpArgs {
   Activation activation;
   int64_t hidden;
   void* kept;  // (batch * pixels, hidden), fc1's result, or null
-  // Set by mlp_plan. Pixels of all images in a row make panels of one or two vectors; a task is one
-  // part of the hidden channels for one tile of panels.
-  int64_t panels, tiles, splits, chunk, slots;
-  size_t accumulator_bytes;
-  void* accumulators;  // (splits, panels, channels, lanes), null when splits == 1
-  Partial* partials;   // (batch, groups, slots) of the output, or null
+  int64_t threads;
+  // Set by mlp_plan. Pixels of all images in a row make panels. Where there are many, a task is a
+  // tile of them and takes the hidden in chunks. Where there are few, tiles is 0 and the two
+  // products are phases: a task is a block of a weight's rows, and threads share what lies between.
+  int64_t panels, tiles, chunk, slots, fc1_blocks, fc2_blocks;
+  size_t shared_bytes;
+  void* shared;       // (panels, channels, lanes) and (panels, hidden, lanes), null with tiles
+  Partial* partials;  // (batch, groups, slots) of the output, or null
 };
 
 struct MlpBackwardArgs {
@@ -173,8 +175,11 @@ struct Kernels {
   void (*pool_mixer_backward_sums)(const PoolMixerBackwardArgs&, int64_t begin, int64_t end);
   void (*pool_mixer_backward)(const PoolMixerBackwardArgs&, int64_t begin, int64_t end);
   void (*mlp_plan)(MlpArgs&);
-  void (*mlp)(const MlpArgs&, int64_t begin, int64_t end);         // tiles * splits
-  void (*mlp_finish)(const MlpArgs&, int64_t begin, int64_t end);  // panels, if splits > 1
+  void (*mlp_tiles)(const MlpArgs&, int64_t begin, int64_t end);   // tiles; else the four phases:
+  void (*mlp_pack)(const MlpArgs&, int64_t begin, int64_t end);    // panels
+  void (*mlp_fc1)(const MlpArgs&, int64_t begin, int64_t end);     // fc1_blocks
+  void (*mlp_fc2)(const MlpArgs&, int64_t begin, int64_t end);     // fc2_blocks
+  void (*mlp_finish)(const MlpArgs&, int64_t begin, int64_t end);  // panels
   void (*mlp_backward_plan)(MlpBackwardArgs&);
   void (*mlp_backward_pack)(const MlpBackwardArgs&, int64_t begin, int64_t end);    // panels
   void (*mlp_backward)(const MlpBackwardArgs&, int64_t begin, int64_t end);         // parts * parts
