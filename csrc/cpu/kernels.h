@@ -151,10 +151,12 @@ struct PatchEmbedArgs {
   const void* bias;                          // (out.channels) or null
   int64_t kernel[2], stride[2], padding[2];  // of height and width
   int64_t threads;
-  // Set by patch_embed_plan. A task is one part of the output channels for one tile of panels of
-  // output pixels; no sum depends on the cut.
-  int64_t panels, tiles, parts;
-  int64_t band_rows;  // at most, for a tile
+  // Set by patch_embed_plan. Output pixels make panels. Where there are many, a task is a tile of
+  // them; where there are few, tiles is 0, threads share the panels, and a task is a block of the
+  // weight's rows.
+  int64_t panels, tiles, blocks;
+  size_t shared_bytes;
+  void* shared;  // (panels, depth, lanes), null with tiles
 
   int64_t depth() const { return in.channels * kernel[0] * kernel[1]; }
 };
@@ -186,7 +188,9 @@ struct Kernels {
   void (*mlp_backward_add)(const MlpBackwardArgs&, int64_t begin, int64_t end);     // batch
   void (*mlp_backward_finish)(const MlpBackwardArgs&, int64_t begin, int64_t end);  // panels
   void (*patch_embed_plan)(PatchEmbedArgs&);
-  void (*patch_embed)(const PatchEmbedArgs&, int64_t begin, int64_t end);  // tiles * parts
+  void (*patch_embed_tiles)(const PatchEmbedArgs&, int64_t begin, int64_t end);  // tiles; else:
+  void (*patch_embed_pack)(const PatchEmbedArgs&, int64_t begin, int64_t end);   // panels
+  void (*patch_embed_rows)(const PatchEmbedArgs&, int64_t begin, int64_t end);   // blocks
 };
 
 extern const Kernels kernels_default, kernels_avx2, kernels_avx512;

@@ -36,6 +36,8 @@ extern const Kernels POOLFORMER_TABLE = {POOLFORMER_NAME,
                                          POOLFORMER_ISA::mlp_backward_add,
                                          POOLFORMER_ISA::mlp_backward_finish,
                                          POOLFORMER_ISA::patch_embed_plan,
-                                         POOLFORMER_ISA::patch_embed};
+                                         POOLFORMER_ISA::patch_embed_tiles,
+                                         POOLFORMER_ISA::patch_embed_pack,
+                                         POOLFORMER_ISA::patch_embed_rows};
 
 }  // namespace poolformer::cpu

@@ -48,17 +48,12 @@ static void patch_embed_plan_typed(PatchEmbedArgs& args) {
   args.panels = (args.out.batch * args.out.pixels() + n - 1) / n;
   int64_t most = l2_bytes() * 3 / 4 / ((channels + depth_step(depth)) * n * sizeof(A));
   most = smaller(larger(most, 8), 64);
-  args.tiles = (args.panels + most - 1) / most;
-  if (args.tiles < 4 * args.threads) {
-    args.tiles = smaller(round_up(args.tiles, args.threads), args.panels);
-  }
-  int64_t parts = args.threads / args.tiles, blocks = (channels + kRows - 1) / kRows;
-  args.parts = smaller(larger(parts, 1), blocks);
-  args.band_rows = 0;
-  for (int64_t tile = 0; tile < args.tiles; ++tile) {
-    int64_t first = tile * args.panels / args.tiles, last = (tile + 1) * args.panels / args.tiles;
-    args.band_rows = larger(args.band_rows, band_rows(args, first * n, (last - first) * n));
-  }
+  int64_t tiles = (args.panels + most - 1) / most;
+  if (tiles < 4 * args.threads) tiles = smaller(round_up(tiles, args.threads), args.panels);
+  bool many = args.panels >= 12;  // by shape alone: it has a say in how sums are cut
+  args.tiles = many ? tiles : 0;
+  args.blocks = (channels + kRows - 1) / kRows;
+  args.shared_bytes = many ? 0 : args.panels * depth * n * sizeof(A);
 }
 
 static void patch_embed_plan(PatchEmbedArgs& args) {
@@ -162,65 +157,106 @@ static void pack_windows(const PatchEmbedArgs& args, const Band& band, const A* 
   }
 }
 
+// Memory that pack_pixels needs for the panels [first, last).
+template <class A>
+static int64_t packing_bytes(const PatchEmbedArgs& args, int64_t first, int64_t last) {
+  constexpr int64_t n = kPanel<A>;
+  int64_t count = (last - first) * n, rows = band_rows(args, first * n, count);
+  return rows * Band(args).row() * sizeof(A) + (args.depth() + count) * sizeof(int64_t);
+}
+
+// Writes the windows of the panels [first, last) as (panels, depth, lanes).
 template <class T>
-static void patch_embed_tile(const PatchEmbedArgs& args, int64_t tile, int64_t part, Acc<T>* memory,
-                             int64_t* windows, const int64_t* places) {
-  using A = Acc<T>;
-  constexpr int n = kPanel<A>;
-  const Image& out = args.out;
-  int64_t blocks = (out.channels + kRows - 1) / kRows, depth = args.depth();
-  int64_t step = depth_step(depth);
-  int64_t row = part * blocks / args.parts * kRows;
-  int64_t rows = smaller((part + 1) * blocks / args.parts * kRows, out.channels) - row;
-  int64_t first = tile * args.panels / args.tiles, last = (tile + 1) * args.panels / args.tiles;
-  int64_t count = last - first, left = out.batch * out.pixels() - (last - 1) * n;
-  int last_lanes = static_cast<int>(smaller(left, n));
-  A* bias = memory;
-  A* panels = bias + round_up(out.channels, n);
-  A* sums = panels + count * depth * n;
-  A* spare = sums + count * rows * n;
-  A* data = spare + gemm_spare(step);
+static void pack_pixels(const PatchEmbedArgs& args, int64_t first, int64_t last, void* memory,
+                        Acc<T>* out) {
+  constexpr int64_t n = kPanel<Acc<T>>;
+  int64_t depth = args.depth(), taps = args.kernel[0] * args.kernel[1], i = 0;
+  int64_t pixels = args.out.batch * args.out.pixels();
+  int64_t* places = static_cast<int64_t*>(memory);
+  int64_t* windows = places + depth;
+  Acc<T>* data = reinterpret_cast<Acc<T>*>(windows + (last - first) * n);
+  for (int64_t tap = 0; tap < taps; ++tap) {
+    for (int64_t c = 0; c < args.in.channels; ++c, ++i) {
+      places[i] = args.weight_channels_last ? i : c * taps + tap;
+    }
+  }
   Band band(args);
-  load_all<T>(as<T>(args.bias), bias, out.channels, A(0));
-  fill_band<T>(args, first * n, (count - 1) * n + last_lanes, band, data, windows);
-  for (int64_t p = 0; p < count; ++p) {
-    pack_windows(args, band, data, windows + p * n, p + 1 < count ? n : last_lanes, places,
-                 panels + p * depth * n);
+  fill_band<T>(args, first * n, smaller(last * n, pixels) - first * n, band, data, windows);
+  for (int64_t p = first; p < last; ++p, windows += n, out += depth * n) {
+    int lanes = static_cast<int>(smaller(n, pixels - p * n));
+    pack_windows(args, band, data, windows, lanes, places, out);
   }
-  for (int64_t k = 0; k < depth; k += step) {
-    gemm<T>(as<T>(args.weight) + row * depth + k, depth, rows, smaller(step, depth - k),
-            panels + k * n, depth * n, count, last_lanes, sums, rows * n, k > 0, spare);
-  }
-  T* y = static_cast<T*>(args.y);
-  for (int64_t p = 0; p < count; ++p) {
-    for_each_run(out, (first + p) * n, n, [&](const Run& run) {
-      write_run<T>(out, row, rows, run, sums + p * rows * n, y,
+}
+
+// Writes the output channels [row, row + rows) of the panels [first, last) from their sums
+// (panels, rows, lanes). bias: memory of as many values as there are output channels.
+template <class T>
+static void write_panels(const PatchEmbedArgs& args, int64_t first, int64_t last, int64_t row,
+                         int64_t rows, const Acc<T>* sums, Acc<T>* bias) {
+  constexpr int n = kPanel<Acc<T>>;
+  load_all<T>(as<T>(args.bias), bias, args.out.channels, Acc<T>(0));
+  for (int64_t p = first; p < last; ++p, sums += rows * n) {
+    for_each_run(args.out, p * n, n, [&](const Run& run) {
+      write_run<T>(args.out, row, rows, run, sums, static_cast<T*>(args.y),
                    [&](auto sum, int64_t, auto of) { return sum + of(bias); });
     });
   }
 }
 
-static void patch_embed(const PatchEmbedArgs& args, int64_t begin, int64_t end) {
+template <class A>
+static int64_t last_lanes_of(const PatchEmbedArgs& args) {
+  return args.out.batch * args.out.pixels() - (args.panels - 1) * kPanel<A>;
+}
+
+// Many pixels: a task is a tile of panels.
+static void patch_embed_tiles(const PatchEmbedArgs& args, int64_t begin, int64_t end) {
   with_type(args.in.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     using A = Acc<T>;
     constexpr int64_t n = kPanel<A>;
-    int64_t most = (args.panels + args.tiles - 1) / args.tiles, channels = args.out.channels;
-    int64_t depth = args.depth(), taps = args.kernel[0] * args.kernel[1];
-    int64_t size = round_up(channels, n) + most * (depth + channels) * n +
-                   gemm_spare(depth_step(depth)) + args.band_rows * Band(args).row();
-    int64_t bytes = round_up(size * sizeof(A), sizeof(int64_t));
-    char* memory = static_cast<char*>(scratch(bytes + (most * n + depth) * sizeof(int64_t)));
-    int64_t* windows = reinterpret_cast<int64_t*>(memory + bytes);
-    int64_t* places = windows + most * n;
-    for (int64_t i = 0; i < depth; ++i) {
-      int64_t tap = i / args.in.channels, c = i % args.in.channels;
-      places[i] = args.weight_channels_last ? i : c * taps + tap;
+    int64_t channels = args.out.channels, depth = args.depth(), step = depth_step(depth);
+    for (int64_t tile = begin; tile < end; ++tile) {
+      int64_t first = tile * args.panels / args.tiles;
+      int64_t last = (tile + 1) * args.panels / args.tiles, count = last - first;
+      int64_t size = count * (depth + channels) * n + gemm_spare(step) + channels;
+      int64_t bytes = round_up(size * sizeof(A), sizeof(int64_t));
+      char* memory = static_cast<char*>(scratch(bytes + packing_bytes<A>(args, first, last)));
+      A* panels = reinterpret_cast<A*>(memory);
+      A *sums = panels + count * depth * n, *spare = sums + count * channels * n;
+      pack_pixels<T>(args, first, last, memory + bytes, panels);
+      for (int64_t k = 0; k < depth; k += step) {
+        gemm<T>(as<T>(args.weight) + k, depth, channels, smaller(step, depth - k), panels + k * n,
+                depth * n, count, last < args.panels ? n : last_lanes_of<A>(args), sums,
+                channels * n, k > 0, spare);
+      }
+      write_panels<T>(args, first, last, 0, channels, sums, spare + gemm_spare(step));
     }
-    for (int64_t task = begin; task < end; ++task) {
-      patch_embed_tile<T>(args, task / args.parts, task % args.parts, reinterpret_cast<A*>(memory),
-                          windows, places);
-    }
+  });
+}
+
+// Few pixels: packing and the product are phases, as in the MLP, and a weight's row is read once.
+static void patch_embed_pack(const PatchEmbedArgs& args, int64_t begin, int64_t end) {
+  with_type(args.in.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    using A = Acc<T>;
+    A* out = static_cast<A*>(args.shared) + begin * args.depth() * kPanel<A>;
+    pack_pixels<T>(args, begin, end, scratch(packing_bytes<A>(args, begin, end)), out);
+  });
+}
+
+static void patch_embed_rows(const PatchEmbedArgs& args, int64_t begin, int64_t end) {
+  with_type(args.in.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    using A = Acc<T>;
+    constexpr int64_t n = kPanel<A>;
+    int64_t depth = args.depth(), channels = args.out.channels, row = begin * kRows;
+    int64_t rows = smaller(end * kRows, channels) - row;
+    int64_t size = args.panels * rows * n + gemm_spare(depth) + channels;
+    A* sums = static_cast<A*>(scratch(size * sizeof(A)));
+    A *spare = sums + args.panels * rows * n, *bias = spare + gemm_spare(depth);
+    gemm<T>(as<T>(args.weight) + row * depth, depth, rows, depth, static_cast<A*>(args.shared),
+            depth * n, args.panels, last_lanes_of<A>(args), sums, rows * n, false, spare);
+    write_panels<T>(args, 0, args.panels, row, rows, sums, bias);
   });
 }
 
