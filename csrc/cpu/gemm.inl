@@ -7,7 +7,6 @@
 namespace poolformer::cpu::POOLFORMER_ISA {
 
 constexpr int kRows = POOLFORMER_ROWS;  // kRows x 2 vectors of sums, 2 + 1 more: all registers
-constexpr int kUnroll = 3;
 constexpr int64_t kDepth = 320;  // of one sum; sums of steps have half the error of a long one
 
 // Keeps a vector that is used several times in a register: read anew by each use, it would take
@@ -24,6 +23,10 @@ template <bool kColumns>
 constexpr int64_t at(int64_t i, int64_t k, int64_t stride) {
   return kColumns ? k * stride + i : i * stride + k;
 }
+
+// Steps of k in the body of a loop: 3 in columns would be 6 % slower.
+template <bool kColumns>
+constexpr int kUnroll = kColumns ? 2 : 3;
 
 template <bool kColumns, class A, int kCount, int kVectors>
 PF_INLINE void multiply_step(const A* const* rows, int64_t stride, const A* panel, int64_t k,
@@ -68,9 +71,9 @@ static __attribute__((noinline)) void multiply(const A* left, int64_t left_strid
   for (int i = 0; i < kCount; ++i) rows[i] = left + i * left_stride;
   int64_t k = 0;
 #pragma GCC unroll 1
-  for (; k + kUnroll <= depth; k += kUnroll) {
+  for (; k + kUnroll<kColumns> <= depth; k += kUnroll<kColumns>) {
 #pragma GCC unroll 4
-    for (int u = 0; u < kUnroll; ++u) {
+    for (int u = 0; u < kUnroll<kColumns>; ++u) {
       multiply_step<kColumns>(rows, left_stride, panel + (k + u) * panel_stride, k + u, sums);
     }
   }
