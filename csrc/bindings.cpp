@@ -86,8 +86,7 @@ std::tuple<Tensor, Tensor> group_norm_fwd(const Tensor& x, const OptionalTensor&
   args.weight = gamma.data(), args.bias = beta.data();
   args.mean = moments.mean.data(), args.rstd = moments.rstd.data();
   kernels.group_norm_plan(args);
-  run(t.image.batch * args.tasks, 4,
-      [&](int64_t begin, int64_t end) { kernels.group_norm(args, begin, end); });
+  run_kernel(kernels.group_norm, args, t.image.batch * args.tasks, 4);
   return {t.out, write_moments(moments, t)};
 }
 

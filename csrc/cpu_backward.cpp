@@ -226,13 +226,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mlp_b
   args.weights = memory, args.parts = memory + weights, args.gradient = memory + weights + parts;
   std::vector<double> column_sums(args.row_parts * channels), scale_sums(args.panels * channels);
   args.column_sums = column_sums.data(), args.scale_sums = scale_sums.data();
-  auto run_kernel = [&](auto kernel, int64_t tasks, int64_t grain) {
-    run(tasks, grain, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
-  };
-  run_kernel(kernels.mlp_backward_pack, args.panels, 4);
-  run_kernel(kernels.mlp_backward, args.row_parts * args.hidden_parts, 1);
-  run_kernel(kernels.mlp_backward_finish, args.panels, 4);
-  if (args.hidden_parts > 1) run_kernel(kernels.mlp_backward_add, in.batch, 1);
+  run_kernel(kernels.mlp_backward_pack, args, args.panels, 4);
+  run_kernel(kernels.mlp_backward, args, args.row_parts * args.hidden_parts, 1);
+  run_kernel(kernels.mlp_backward_finish, args, args.panels, 4);
+  if (args.hidden_parts > 1) run_kernel(kernels.mlp_backward_add, args, in.batch, 1);
 
   std::vector<double> dnorm_weight, dnorm_bias, dfc2_bias(channels), dscale(channels);
   norm_backward(kernels, b, norm_weight, args.gradient, true, args.dz, dnorm_weight, dnorm_bias);

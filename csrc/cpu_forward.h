@@ -25,7 +25,7 @@ inline Partials statistics_of(const cpu::Kernels& kernels, const cpu::Image& ima
   int64_t rows = image.batch * image.groups, chunks = kernels.statistics_chunks(image);
   Partials partials(rows * chunks);
   cpu::StatisticsArgs args{image, chunks, partials.data()};
-  run(rows * chunks, 8, [&](int64_t begin, int64_t end) { kernels.statistics(args, begin, end); });
+  run_kernel(kernels.statistics, args, rows * chunks, 8);
   return merge_rows(partials, rows);
 }
 
@@ -49,8 +49,7 @@ inline Partials run_pool_mixer(const cpu::Kernels& kernels, cpu::PoolMixerArgs& 
   kernels.pool_mixer_plan(args);
   Partials partials(wanted ? rows * args.slots : 0);
   args.partials = wanted ? partials.data() : nullptr;
-  run(args.in.batch * args.tasks, 4,
-      [&](int64_t begin, int64_t end) { kernels.pool_mixer(args, begin, end); });
+  run_kernel(kernels.pool_mixer, args, args.in.batch * args.tasks, 4);
   return merge_rows(partials, wanted ? rows : 0);
 }
 
@@ -62,16 +61,13 @@ inline Partials run_mlp(const cpu::Kernels& kernels, cpu::MlpArgs& args, bool wa
   Partials partials(wanted ? rows * args.slots : 0);
   args.partials = wanted ? partials.data() : nullptr;
   args.shared = cpu::scratch(args.shared_bytes, cpu::Scratch::kSums);
-  auto run_kernel = [&](auto kernel, int64_t tasks, int64_t grain) {
-    run(tasks, grain, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
-  };
   if (args.tiles > 0) {
-    run_kernel(kernels.mlp_tiles, args.tiles, 1);
+    run_kernel(kernels.mlp_tiles, args, args.tiles, 1);
   } else {
-    run_kernel(kernels.mlp_pack, args.panels, 2);
-    run_kernel(kernels.mlp_fc1, args.fc1_blocks, 8);
-    run_kernel(kernels.mlp_fc2, args.fc2_blocks, 8);
-    run_kernel(kernels.mlp_finish, args.panels, 2);
+    run_kernel(kernels.mlp_pack, args, args.panels, 2);
+    run_kernel(kernels.mlp_fc1, args, args.fc1_blocks, 8);
+    run_kernel(kernels.mlp_fc2, args, args.fc2_blocks, 8);
+    run_kernel(kernels.mlp_finish, args, args.panels, 2);
   }
   return merge_rows(partials, wanted ? rows : 0);
 }

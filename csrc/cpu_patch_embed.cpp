@@ -56,14 +56,11 @@ Tensor patch_embed_fwd(const Tensor& x, const Tensor& weight, const OptionalTens
   const auto& kernels = cpu::kernels();
   kernels.patch_embed_plan(args);
   args.shared = cpu::scratch(args.shared_bytes, cpu::Scratch::kSums);
-  auto run_kernel = [&](auto kernel, int64_t tasks, int64_t grain) {
-    run(tasks, grain, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
-  };
   if (args.tiles > 0) {
-    run_kernel(kernels.patch_embed_tiles, args.tiles, 1);
+    run_kernel(kernels.patch_embed_tiles, args, args.tiles, 1);
   } else {
-    run_kernel(kernels.patch_embed_pack, args.panels, 1);
-    run_kernel(kernels.patch_embed_rows, args.blocks, 8);
+    run_kernel(kernels.patch_embed_pack, args, args.panels, 1);
+    run_kernel(kernels.patch_embed_rows, args, args.blocks, 8);
   }
   return y;
 }

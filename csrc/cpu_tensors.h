@@ -97,6 +97,13 @@ inline void run(int64_t tasks, int64_t grain, F&& f) {
   });
 }
 
+// The same for a function of cpu::Kernels.
+template <class Args>
+inline void run_kernel(void (*kernel)(const Args&, int64_t, int64_t), const Args& args,
+                       int64_t tasks, int64_t grain) {
+  run(tasks, grain, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+}
+
 inline void check_backend(const char* op, const std::string& backend) {
   TORCH_CHECK_VALUE(backend == "cpu", op, ": the tensors are on the CPU and backend is '", backend,
                     "'; this op runs backend 'cpu' there.");
