@@ -10,7 +10,7 @@ constexpr int kRows = POOLFORMER_ROWS;  // kRows x 2 vectors of sums, 2 + 1 more
 constexpr int64_t kDepth = 320;  // of one sum; sums of steps have half the error of a long one
 
 // Keeps a vector that is used several times in a register: read anew by each use, it would take
-// more of the load units than there is.
+// more load units than there are.
 #if defined(__x86_64__)
 #define PF_KEEP(v) asm("" : "+v"(v))
 #else

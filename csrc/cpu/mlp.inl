@@ -36,7 +36,7 @@ static void mlp_tile(const MlpArgs& args, int64_t tile, Acc<T>* memory) {
   int64_t channels = args.in.channels, panel_size = channels * n;
   int64_t first = tile * args.panels / args.tiles, last = (tile + 1) * args.panels / args.tiles;
   int64_t count = last - first;
-  int64_t last_lanes = last < args.panels ? n : last_lanes_of<A>(args);
+  int64_t last_lanes = last < args.panels ? n : last_lanes_of<A>(args.in, args.panels);
   A* x = memory;
   A* sums = x + count * panel_size;
   A* hidden = sums + count * panel_size;
@@ -104,8 +104,9 @@ static void mlp_fc1(const MlpArgs& args, int64_t begin, int64_t end) {
     int64_t first = begin * kRows, rows = smaller(end * kRows, args.hidden) - first;
     int64_t spare = gemm_spare(args.in.channels);
     A* memory = static_cast<A*>(scratch((spare + rows) * sizeof(A)));
-    hidden_rows<T>(args, first, rows, shared.x, 0, args.panels, last_lanes_of<A>(args),
-                   shared.hidden + first * shared.n, shared.hidden_size, memory + spare, memory);
+    hidden_rows<T>(args, first, rows, shared.x, 0, args.panels,
+                   last_lanes_of<A>(args.in, args.panels), shared.hidden + first * shared.n,
+                   shared.hidden_size, memory + spare, memory);
   });
 }
 
@@ -117,7 +118,7 @@ static void mlp_fc2(const MlpArgs& args, int64_t begin, int64_t end) {
     int64_t first = begin * kRows, rows = smaller(end * kRows, args.in.channels) - first;
     A* memory = static_cast<A*>(scratch(gemm_spare(args.hidden) * sizeof(A)));
     gemm<T>(as<T>(args.fc2_weight) + first * args.hidden, args.hidden, rows, args.hidden,
-            shared.hidden, shared.hidden_size, args.panels, last_lanes_of<A>(args),
+            shared.hidden, shared.hidden_size, args.panels, last_lanes_of<A>(args.in, args.panels),
             shared.x + first * shared.n, shared.panel_size, false, memory);
   });
 }

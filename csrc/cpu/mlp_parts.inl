@@ -58,12 +58,6 @@ static void pack_run(const Image& in, const Run& run, const Acc<T>* center, cons
   }
 }
 
-// Lanes of the last panel.
-template <class A>
-static int64_t last_lanes_of(const MlpArgs& args) {
-  return args.in.batch * args.in.pixels() - (args.panels - 1) * kPanel<A>;
-}
-
 // Writes GN(x) of the panels [first, last), zeros in lanes without a pixel. memory: 3 * channels
 // values.
 template <class T>
@@ -83,7 +77,7 @@ static void pack_panels(const MlpArgs& args, int64_t first, int64_t last, Acc<T>
       }
       pack_run<T>(in, run, center, scale, shift, to);
     });
-    int64_t lanes = p + 1 < args.panels ? n : last_lanes_of<A>(args);
+    int64_t lanes = p + 1 < args.panels ? n : last_lanes_of<A>(in, args.panels);
     for (int64_t c = 0; lanes < n && c < in.channels; ++c) {
       std::fill(to + c * n + lanes, to + (c + 1) * n, A(0));
     }

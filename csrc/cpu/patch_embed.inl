@@ -203,11 +203,6 @@ static void write_panels(const PatchEmbedArgs& args, int64_t first, int64_t last
   }
 }
 
-template <class A>
-static int64_t last_lanes_of(const PatchEmbedArgs& args) {
-  return args.out.batch * args.out.pixels() - (args.panels - 1) * kPanel<A>;
-}
-
 // Many pixels: a task is a tile of panels.
 static void patch_embed_tiles(const PatchEmbedArgs& args, int64_t begin, int64_t end) {
   with_type(args.in.dtype, [&](auto* type) {
@@ -226,8 +221,8 @@ static void patch_embed_tiles(const PatchEmbedArgs& args, int64_t begin, int64_t
       pack_pixels<T>(args, first, last, memory + bytes, panels);
       for (int64_t k = 0; k < depth; k += step) {
         gemm<T>(as<T>(args.weight) + k, depth, channels, smaller(step, depth - k), panels + k * n,
-                depth * n, count, last < args.panels ? n : last_lanes_of<A>(args), sums,
-                channels * n, k > 0, spare);
+                depth * n, count, last < args.panels ? n : last_lanes_of<A>(args.out, args.panels),
+                sums, channels * n, k > 0, spare);
       }
       write_panels<T>(args, first, last, 0, channels, sums, spare + gemm_spare(step));
     }
@@ -255,7 +250,8 @@ static void patch_embed_rows(const PatchEmbedArgs& args, int64_t begin, int64_t 
     A* sums = static_cast<A*>(scratch(size * sizeof(A)));
     A *spare = sums + args.panels * rows * n, *bias = spare + gemm_spare(depth);
     gemm<T>(as<T>(args.weight) + row * depth, depth, rows, depth, static_cast<A*>(args.shared),
-            depth * n, args.panels, last_lanes_of<A>(args), sums, rows * n, false, spare);
+            depth * n, args.panels, last_lanes_of<A>(args.out, args.panels), sums, rows * n, false,
+            spare);
     write_panels<T>(args, 0, args.panels, row, rows, sums, bias);
   });
 }

@@ -25,6 +25,12 @@ PF_INLINE void for_each_run(const Image& in, int64_t first, int64_t count, F&& f
   }
 }
 
+// Lanes with a pixel in the last of the panels that the pixels of all images make.
+template <class A>
+PF_INLINE int64_t last_lanes_of(const Image& in, int64_t panels) {
+  return in.batch * in.pixels() - (panels - 1) * kPanel<A>;
+}
+
 // rows[i][c] = (x - center[c]) scale[c] + shift[c] for the pixels i of a run.
 template <class T>
 static void read_rows(const Image& in, const T* data, const Run& run, const Acc<T>* center,
