@@ -141,7 +141,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mlp_fwd(
       b2(fc2_bias), scale(layer_scale);
   Factors k(drop_path), ka(hidden_drop_path);
   cpu::MlpArgs args{};
-  args.in = t.image, args.out = t.out.mutable_data_ptr();
+  args.in = t.image, args.out = t.out.mutable_data_ptr(), args.weights = dtype_of(fc1_weight);
   args.norm_weight = gamma.data(), args.norm_bias = beta.data();
   args.mean = moments.mean.data(), args.rstd = moments.rstd.data();
   args.fc1_weight = w1.data(), args.fc1_bias = b1.data();
@@ -173,7 +173,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("cpu_capability", [] { return cpu::kernels().name; });
   m.def("cpu_capabilities", cpu::capabilities);
   m.def("set_cpu_capability", cpu::set_capability);
+  m.def("cpu_multiplies_bf16", [] { return cpu::kernels().native_bf16; });
   m.def("native_bf16", cpu::has_native_bf16);
+  m.def("amx_bf16", cpu::has_amx_bf16);
   m.def("native_fp16", cpu::has_native_fp16);
 #ifdef WITH_CUDA
   bind_cuda(m);

@@ -65,13 +65,6 @@ inline void check_parameter(const char* op, const char* name, const OptionalTens
   check_device(op, name, *t, x);
 }
 
-// weight: (rows, columns) or (rows, columns, 1, 1).
-inline void check_weight(const char* op, const char* name, const Tensor& t, int64_t rows,
-                         int64_t columns, const Tensor& x) {
-  int64_t shape[] = {rows, columns, 1, 1};
-  check_parameter(op, name, t, at::IntArrayRef(shape, t.dim() == 4 ? 4 : 2), x);
-}
-
 // Factors of the images: (B), float32 or x's dtype.
 inline void check_factor(const char* op, const char* name, const OptionalTensor& t,
                          const Tensor& x) {

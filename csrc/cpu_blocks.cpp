@@ -59,6 +59,9 @@ Tensor blocks_fwd(const Tensor& x, const c10::List<OptionalTensor>& parameters, 
     check_parameter(mixer, "layer_scale", p[kLayerScale1], {x.size(1)}, x);
     TORCH_CHECK_TYPE(p[kFc1Weight] && p[kFc2Weight], mlp,
                      ": fc1_weight and fc2_weight are needed.");
+    TORCH_CHECK_TYPE(p[kFc1Weight]->scalar_type() == x.scalar_type(), mlp, ": x is ",
+                     x.scalar_type(), " and fc1_weight ", p[kFc1Weight]->scalar_type(),
+                     "; convert one of them with .to(dtype).");
     int64_t hidden = check_mlp(mlp, x, p[kNorm2Weight], p[kNorm2Bias], *p[kFc1Weight], p[kFc1Bias],
                                *p[kFc2Weight], p[kFc2Bias], p[kLayerScale2], {}, {});
 
@@ -75,7 +78,7 @@ Tensor blocks_fwd(const Tensor& x, const c10::List<OptionalTensor>& parameters, 
     Contiguous gamma2(p[kNorm2Weight]), beta2(p[kNorm2Bias]), w1(p[kFc1Weight]), b1(p[kFc1Bias]),
         w2(p[kFc2Weight]), b2(p[kFc2Bias]), scale2(p[kLayerScale2]);
     cpu::MlpArgs second{};
-    second.in = image, second.in.data = y, second.out = z;
+    second.in = image, second.in.data = y, second.out = z, second.weights = image.dtype;
     second.norm_weight = gamma2.data(), second.norm_bias = beta2.data();
     second.mean = after.mean.data(), second.rstd = after.rstd.data();
     second.fc1_weight = w1.data(), second.fc1_bias = b1.data();

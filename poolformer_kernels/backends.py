@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.compiler import is_exporting
@@ -124,9 +125,11 @@ def _cpu_slower(call: Call) -> str | None:
         return "float64 is there to check gradients, not for speed"
     product = torch.get_autocast_dtype("cpu") if call.autocast else call.dtype
     if call.op in ("mlp", "patch_embed") and product in (torch.bfloat16, torch.float16):
-        name = "native_bf16" if product == torch.bfloat16 else "native_fp16"
-        if getattr(_extension.load(), name)():
+        module: Any = _extension.load()
+        if product == torch.float16 and module.native_fp16():
             return f"this CPU multiplies {product} natively, which the kernel does not use yet"
+        if product == torch.bfloat16 and module.amx_bf16():
+            return f"this CPU has matrix units for {product}, which the kernel does not use yet"
     return None
 
 

@@ -27,7 +27,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, **native: Any) -> None:
     is: the GPU's compute capability.
     """
     module = SimpleNamespace(
-        native_bf16=lambda: native.get("bf16", False), native_fp16=lambda: native.get("fp16", False)
+        amx_bf16=lambda: native.get("amx", False), native_fp16=lambda: native.get("fp16", False)
     )
     if "cuda" in native:
         module.cuda_architecture = lambda device: native["cuda"]
@@ -85,10 +85,10 @@ def test_the_environment_rules_the_process(run_python: Any) -> None:
 AUTO = [
     ({}, {}, "cpu"),
     ({"dtype": torch.bfloat16}, {}, "cpu"),
-    ({"dtype": torch.bfloat16}, {"bf16": True}, "torch"),
-    ({"dtype": torch.float16}, {"bf16": True}, "cpu"),
+    ({"dtype": torch.bfloat16}, {"amx": True}, "torch"),
+    ({"dtype": torch.float16}, {"amx": True}, "cpu"),
     ({"dtype": torch.float16}, {"fp16": True}, "torch"),
-    ({"dtype": torch.bfloat16, "op": "pool_mixer", "act": None}, {"bf16": True}, "cpu"),
+    ({"dtype": torch.bfloat16, "op": "pool_mixer", "act": None}, {"amx": True}, "cpu"),
     ({"dtype": torch.float64}, {}, "torch"),
     ({"op": "group_norm", "act": None}, {}, "torch"),
     ({"grad": True}, {}, "cpu"),
@@ -99,12 +99,12 @@ AUTO = [
     ({"autocast": True}, {}, "cpu"),
     ({"autocast": True, "dtype": torch.bfloat16}, {}, "cpu"),
     ({"autocast": True, "grad": True}, {}, "cpu"),
-    ({"autocast": True}, {"bf16": True}, "torch"),
-    ({"autocast": True, "op": "pool_mixer", "act": None}, {"bf16": True}, "cpu"),
+    ({"autocast": True}, {"amx": True}, "torch"),
+    ({"autocast": True, "op": "pool_mixer", "act": None}, {"amx": True}, "cpu"),
     ({"autocast": True, "dtype": torch.float64}, {}, "torch"),
     ({"op": "patch_embed", "act": None}, {}, "cpu"),
     ({"op": "patch_embed", "act": None, "dtype": torch.bfloat16}, {}, "cpu"),
-    ({"op": "patch_embed", "act": None, "dtype": torch.bfloat16}, {"bf16": True}, "torch"),
+    ({"op": "patch_embed", "act": None, "dtype": torch.bfloat16}, {"amx": True}, "torch"),
     ({"op": "patch_embed", "act": None, "autocast": True}, {}, "cpu"),
     ({"op": "patch_embed", "act": None, "device": "cuda"}, {"cuda": 80}, "torch"),
     ({"device": "cuda"}, {}, "triton"),
@@ -137,7 +137,7 @@ def test_auto_takes_the_first_that_can_and_is_not_slower(
 
 
 def test_the_dtype_of_autocast_decides(monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend(monkeypatch, bf16=True)
+    pretend(monkeypatch, amx=True)
     for dtype, expected in ((torch.bfloat16, "torch"), (torch.float16, "cpu")):
         with torch.autocast("cpu", dtype):
             assert resolve(autocast=True) == expected

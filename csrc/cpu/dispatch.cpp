@@ -18,7 +18,7 @@ namespace poolformer::cpu {
 namespace {
 
 struct Features {
-  bool avx2 = false, avx512 = false, bf16 = false, fp16 = false;
+  bool avx2 = false, avx512 = false, avx512_bf16 = false, amx_bf16 = false, fp16 = false;
 };
 
 Features detect() {
@@ -32,9 +32,9 @@ Features detect() {
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (f.avx512 && __get_cpuid_count(7, 0, &a, &b, &c, &d)) {
     unsigned subleaves = a;
-    f.bf16 = d & (1u << 22);  // AMX
+    f.amx_bf16 = d & (1u << 22);
     f.fp16 = d & (1u << 23);
-    if (subleaves >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) f.bf16 |= (a & (1u << 5)) != 0;
+    if (subleaves >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) f.avx512_bf16 = a & (1u << 5);
   }
 #endif
   return f;
@@ -48,6 +48,7 @@ const Features& features() {
 std::vector<const Kernels*> tables() {
   std::vector<const Kernels*> list;
 #if defined(__x86_64__)
+  if (features().avx512_bf16) list.push_back(&kernels_avx512_bf16);
   if (features().avx512) list.push_back(&kernels_avx512);
   if (features().avx2) list.push_back(&kernels_avx2);
 #endif
@@ -91,7 +92,8 @@ std::vector<std::string> capabilities() {
 
 void set_capability(const std::string& name) { current() = find(name, "the CPU capability"); }
 
-bool has_native_bf16() { return features().bf16; }
+bool has_native_bf16() { return features().avx512_bf16 || features().amx_bf16; }
+bool has_amx_bf16() { return features().amx_bf16; }
 bool has_native_fp16() { return features().fp16; }
 
 void* scratch(size_t bytes, Scratch purpose) {

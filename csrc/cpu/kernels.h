@@ -98,6 +98,7 @@ struct PoolMixerBackwardArgs {
 struct MlpArgs {
   Image in;
   void* out;
+  Dtype weights;  // of both, and of `kept`: x's, or bfloat16 beside float32 where they are native
   const void *norm_weight, *norm_bias;         // (channels) or null
   const double *mean, *rstd;                   // (batch, groups)
   const void* fc1_weight;                      // (hidden, channels)
@@ -115,7 +116,7 @@ struct MlpArgs {
   // products are phases: a task is a block of a weight's rows, and threads share what lies between.
   int64_t panels, tiles, chunk, slots, fc1_blocks, fc2_blocks;
   size_t shared_bytes;
-  void* shared;       // (panels, channels, lanes) and (panels, hidden, lanes), null with tiles
+  void* shared;       // GN(x), the hidden and fc2's sums of all panels, null with tiles
   Partial* partials;  // (batch, groups, slots) of the output, or null
 };
 
@@ -164,6 +165,7 @@ struct PatchEmbedArgs {
 // Every function works on tasks [begin, end).
 struct Kernels {
   const char* name;
+  bool native_bf16;  // products of bfloat16 are taken without a conversion
   int64_t (*statistics_chunks)(const Image&);                             // per image and group
   void (*statistics)(const StatisticsArgs&, int64_t begin, int64_t end);  // batch * groups * chunks
   void (*group_norm_plan)(GroupNormArgs&);
@@ -193,14 +195,15 @@ struct Kernels {
   void (*patch_embed_rows)(const PatchEmbedArgs&, int64_t begin, int64_t end);   // blocks
 };
 
-extern const Kernels kernels_default, kernels_avx2, kernels_avx512;
+extern const Kernels kernels_default, kernels_avx2, kernels_avx512, kernels_avx512_bf16;
 
 // The table in use: the best this machine runs, or POOLFORMER_CPU_CAPABILITY, or what was set.
 const Kernels& kernels();
 std::vector<std::string> capabilities();       // best first
 void set_capability(const std::string& name);  // throws std::invalid_argument
 bool has_native_bf16();
-bool has_native_fp16();
+bool has_amx_bf16();     // PyTorch's products then run on matrix units, which no kernel here uses
+bool has_native_fp16();  // PyTorch's products then run in float16, which no kernel here uses
 
 // Memory of this thread, aligned to 64 bytes, valid until its next call with the same purpose. It
 // is kept, so that a model that runs again asks the system for no memory.

@@ -11,7 +11,14 @@
 
 namespace poolformer::cpu {
 
+#if defined(POOLFORMER_BF16)
+static constexpr bool kNativeBf16 = true;
+#else
+static constexpr bool kNativeBf16 = false;
+#endif
+
 extern const Kernels POOLFORMER_TABLE = {POOLFORMER_NAME,
+                                         kNativeBf16,
                                          POOLFORMER_ISA::statistics_chunks,
                                          POOLFORMER_ISA::statistics,
                                          POOLFORMER_ISA::group_norm_plan,

@@ -8,26 +8,55 @@
 
 namespace poolformer::cpu::POOLFORMER_ISA {
 
-// Writes GN(x) of one run as (channels, lanes).
-template <class T>
-static void pack_run(const Image& in, const Run& run, const Acc<T>* center, const Acc<T>* scale,
-                     const Acc<T>* shift, Acc<T>* out) {
+// The block of w pixels and w * kStep channels at `from`, normed, as w steps of w lanes.
+template <class F, class T>
+PF_INLINE void norm_block(const T* from, int64_t stride, const Acc<T>* center, const Acc<T>* scale,
+                          const Acc<T>* shift, Vec<Acc<T>> (&rows)[kLanes<Acc<T>>]) {
   using A = Acc<T>;
-  constexpr int w = kLanes<A>, n = kPanel<A>;
+  constexpr int w = kLanes<A>;
+  Vec<A> m = load(center), a = load(scale), b = load(shift);
+#pragma GCC unroll 16
+  for (int i = 0; i < w; ++i) rows[i] = (load(from + i * stride) - m) * a + b;
+#if defined(POOLFORMER_BF16)
+  if constexpr (kStep<F> == 2) {
+    m = load(center + w), a = load(scale + w), b = load(shift + w);
+#pragma GCC unroll 16
+    for (int i = 0; i < w; ++i) {
+      rows[i] = in_order(rows[i], (load(from + i * stride + w) - m) * a + b);
+    }
+  }
+#endif
+  transpose<A>(rows);
+}
+
+// Writes GN(x) of one run as a panel of factors (channels, lanes).
+template <class F, class T>
+static void pack_run(const Image& in, const Run& run, const Acc<T>* center, const Acc<T>* scale,
+                     const Acc<T>* shift, F* out) {
+  using A = Acc<T>;
+  constexpr int w = kLanes<A>, n = kPanel<A>, v = kStep<F>;
   int64_t channels = in.channels, pixels = in.pixels();
   const T* x = as<T>(in.data) + run.image * channels * pixels;
+  auto one = [&](const T* from, int64_t c, int64_t lane) {
+    store1(out + place<F>(c, lane), (load1(from) - center[c]) * scale[c] + shift[c]);
+  };
   if (!in.channels_last) {
-    for (int64_t c = 0; c < channels; ++c) {
-      const T* from = x + c * pixels + run.pixel;
-      A* to = out + c * n + run.lane;
-      if (run.count == n) {
-        store(to, (load(from) - center[c]) * scale[c] + shift[c]);
-        store(to + w, (load(from + w) - center[c]) * scale[c] + shift[c]);
-      } else {
-        for (int i = 0; i < run.count; ++i) {
-          to[i] = (load1(from + i) - center[c]) * scale[c] + shift[c];
+    const T* from = x + run.pixel;
+    int64_t c = 0;
+    for (; run.count == n && c + v <= channels; c += v) {
+      for (int i = 0; i < n; i += w) {
+        Vec<A> step = (load(from + c * pixels + i) - center[c]) * scale[c] + shift[c];
+#if defined(POOLFORMER_BF16)
+        if constexpr (v == 2) {
+          const T* second = from + (c + 1) * pixels + i;
+          step = in_turns(step, (load(second) - center[c + 1]) * scale[c + 1] + shift[c + 1]);
         }
+#endif
+        store_raw<A, w>(out + place<F>(c, i), step);
       }
+    }
+    for (; c < channels; ++c) {
+      for (int i = 0; i < run.count; ++i) one(from + c * pixels + i, c, run.lane + i);
     }
     return;
   }
@@ -35,51 +64,45 @@ static void pack_run(const Image& in, const Run& run, const Acc<T>* center, cons
   int lane = 0;
   for (; lane + w <= run.count; lane += w) {
     int64_t c = 0;
-    for (; c + w <= channels; c += w) {
-      Vec<A> m = load(center + c), a = load(scale + c), b = load(shift + c), rows[w];
+    for (; c + v * w <= channels; c += v * w) {
+      Vec<A> rows[w];
+      norm_block<F>(from + lane * channels + c, channels, center + c, scale + c, shift + c, rows);
 #pragma GCC unroll 16
-      for (int i = 0; i < w; ++i) rows[i] = (load(from + (lane + i) * channels + c) - m) * a + b;
-      transpose<A>(rows);
-#pragma GCC unroll 16
-      for (int i = 0; i < w; ++i) store(out + (c + i) * n + run.lane + lane, rows[i]);
+      for (int i = 0; i < w; ++i) {
+        store_raw<A, w>(out + place<F>(c + i * v, run.lane + lane), rows[i]);
+      }
     }
     for (; c < channels; ++c) {
-      for (int i = lane; i < lane + w; ++i) {
-        out[c * n + run.lane + i] =
-            (load1(from + i * channels + c) - center[c]) * scale[c] + shift[c];
-      }
+      for (int i = lane; i < lane + w; ++i) one(from + i * channels + c, c, run.lane + i);
     }
   }
   for (; lane < run.count; ++lane) {
-    for (int64_t c = 0; c < channels; ++c) {
-      out[c * n + run.lane + lane] =
-          (load1(from + lane * channels + c) - center[c]) * scale[c] + shift[c];
-    }
+    for (int64_t c = 0; c < channels; ++c) one(from + lane * channels + c, c, run.lane + lane);
   }
 }
 
 // Writes GN(x) of the panels [first, last), zeros in lanes without a pixel. memory: 3 * channels
 // values.
-template <class T>
-static void pack_panels(const MlpArgs& args, int64_t first, int64_t last, Acc<T>* memory,
-                        Acc<T>* to) {
+template <class F, class T>
+static void pack_panels(const MlpArgs& args, int64_t first, int64_t last, Acc<T>* memory, F* to) {
   using A = Acc<T>;
-  constexpr int n = kPanel<A>;
+  constexpr int n = kPanel<A>, v = kStep<F>;
   const Image& in = args.in;
   A *center = memory, *scale = center + in.channels, *shift = scale + in.channels;
-  int64_t image = -1;
-  for (int64_t p = first; p < last; ++p, to += in.channels * n) {
+  int64_t image = -1, steps = steps_of<F>(in.channels), size = panel_values<F>(in.channels);
+  for (int64_t p = first; p < last; ++p, to += size) {
+    if (steps * v > in.channels) std::fill(to + size - kPanelStep<F>, to + size, F{});
     for_each_run(in, p * n, n, [&](const Run& run) {
       if (run.image != image) {
         norm_coefficients<T>(in, run.image, args.mean, args.rstd, args.norm_weight, args.norm_bias,
                              center, scale, shift);
         image = run.image;
       }
-      pack_run<T>(in, run, center, scale, shift, to);
+      pack_run<F, T>(in, run, center, scale, shift, to);
     });
     int64_t lanes = p + 1 < args.panels ? n : last_lanes_of<A>(in, args.panels);
-    for (int64_t c = 0; lanes < n && c < in.channels; ++c) {
-      std::fill(to + c * n + lanes, to + (c + 1) * n, A(0));
+    for (int64_t k = 0; lanes < n && k < steps; ++k) {
+      std::fill(to + k * n * v + lanes * v, to + (k + 1) * n * v, F{});
     }
   }
 }
@@ -115,48 +138,51 @@ static void keep_hidden(const MlpArgs& args, int64_t first, int64_t lanes, int64
   }
 }
 
-// h = act(h + bias) for the first `lanes` of h (rows, panel).
-template <Activation kActivation, class A>
-static void activate_rows(A* h, const A* bias, int64_t rows, int64_t lanes) {
-  for (int64_t r = 0; r < rows; ++r, h += kPanel<A>) {
-    for (int64_t i = 0; i < lanes; i += kLanes<A>) {
-      if constexpr (std::is_same_v<A, double>) {
-        for (int64_t j = i; j < i + kLanes<A>; ++j) {
-          h[j] = value_and_slope<kActivation>(h[j] + bias[r]).value;
-        }
-      } else {
-        store(h + i, value_and_slope<kActivation>(load(h + i) + bias[r]).value);
-      }
+// out = act(h + bias) as factors, for the first `lanes` of h (rows, panel).
+template <Activation kActivation, class F>
+static void activate_rows(const Acc<F>* h, const Acc<F>* bias, int64_t rows, int64_t lanes,
+                          F* out) {
+  using A = Acc<F>;
+  make_factors<F>(h, rows, lanes, out, [&](int64_t r, Vec<A> v) {
+    v += bias[r];
+    if constexpr (std::is_same_v<A, double>) {
+      for (int i = 0; i < kLanes<A>; ++i) v[i] = value_and_slope<kActivation>(v[i]).value;
+      return v;
+    } else {
+      return value_and_slope<kActivation>(v).value;
     }
-  }
+  });
 }
 
-template <class A>
-static void activate_panel(Activation activation, A* h, const A* bias, int64_t rows,
-                           int64_t lanes) {
-  with_activation(activation, [&](auto known) { activate_rows<known()>(h, bias, rows, lanes); });
+template <class F>
+static void activate_panel(Activation activation, const Acc<F>* h, const Acc<F>* bias, int64_t rows,
+                           int64_t lanes, F* out) {
+  with_activation(activation,
+                  [&](auto known) { activate_rows<known(), F>(h, bias, rows, lanes, out); });
 }
 
 // `panels` panels from the pixel `first` on, the last of them `last_lanes` lanes wide, are
-// multiplied with `size` rows of fc1 from `start` on; h = act(fc1 x + bias), and fc1's result is
-// kept where that is wanted. bias: memory of `size` values.
-template <class T>
-static void hidden_rows(const MlpArgs& args, int64_t start, int64_t size, const Acc<T>* x,
-                        int64_t first, int64_t panels, int64_t last_lanes, Acc<T>* h,
-                        int64_t distance, Acc<T>* bias, Acc<T>* spare) {
+// multiplied with `size` rows of fc1 from `start` on into h (panels, size, lanes);
+// hidden = act(h + bias), which may be the same memory, and fc1's result is kept where that is
+// wanted. bias: memory of `size` values.
+template <class T, class W>
+static void hidden_rows(const MlpArgs& args, int64_t start, int64_t size, const Factor<W>* x,
+                        int64_t first, int64_t panels, int64_t last_lanes, const Panels<Acc<T>>& h,
+                        const Panels<Factor<W>>& hidden, Acc<T>* bias, Acc<T>* spare) {
   using A = Acc<T>;
+  using F = Factor<W>;
   constexpr int n = kPanel<A>;
   int64_t channels = args.in.channels;
-  const T *weight = as<T>(args.fc1_weight) + start * channels, *b = as<T>(args.fc1_bias);
+  const W* weight = as<W>(args.fc1_weight) + start * channels;
+  const T* b = as<T>(args.fc1_bias);
   load_all<T>(b ? b + start : nullptr, bias, size, A(0));
-  gemm<T>(weight, channels, size, channels, x, channels * n, panels, last_lanes, h, distance, false,
-          spare);
+  gemm<W>(weight, channels, size, channels, x, panel_values<F>(channels), panels, last_lanes,
+          h.data, h.distance, false, spare);
   for (int64_t p = 0; p < panels; ++p) {
     int64_t lanes = p + 1 < panels ? n : last_lanes;
-    if (args.kept) {
-      keep_hidden<T>(args, first + p * n, lanes, start, size, h + p * distance, bias);
-    }
-    activate_panel<A>(args.activation, h + p * distance, bias, size, lanes);
+    const A* from = h.data + p * h.distance;
+    if (args.kept) keep_hidden<W>(args, first + p * n, lanes, start, size, from, bias);
+    activate_panel<F>(args.activation, from, bias, size, lanes, hidden.data + p * hidden.distance);
   }
 }
 

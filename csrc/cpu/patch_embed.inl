@@ -9,8 +9,9 @@
 namespace poolformer::cpu::POOLFORMER_ISA {
 
 // The depth of one product: a panel and a block of rows stay in the first-level cache.
-static int64_t depth_step(int64_t depth) {
-  int64_t steps = (depth + 319) / 320;
+template <class F>
+PF_INLINE int64_t depth_step(int64_t depth) {
+  int64_t most = kDepth * kStep<F>, steps = (depth + most - 1) / most;
   return round_up((depth + steps - 1) / steps, 2);
 }
 
@@ -41,24 +42,26 @@ static int64_t band_rows(const PatchEmbedArgs& args, int64_t first, int64_t coun
   return rows;
 }
 
-template <class A>
+template <class F>
 static void patch_embed_plan_typed(PatchEmbedArgs& args) {
+  using A = Acc<F>;
   constexpr int64_t n = kPanel<A>;
   int64_t channels = args.out.channels, depth = args.depth();
   args.panels = (args.out.batch * args.out.pixels() + n - 1) / n;
-  int64_t most = l2_bytes() * 3 / 4 / ((channels + depth_step(depth)) * n * sizeof(A));
+  int64_t most = l2_bytes() * 3 / 4 / ((channels + depth_step<F>(depth)) * n * sizeof(A));
   most = smaller(larger(most, 8), 64);
   int64_t tiles = (args.panels + most - 1) / most;
   if (tiles < 4 * args.threads) tiles = smaller(round_up(tiles, args.threads), args.panels);
   bool many = args.panels >= 12;  // by shape alone: it has a say in how sums are cut
   args.tiles = many ? tiles : 0;
   args.blocks = (channels + kRows - 1) / kRows;
-  args.shared_bytes = many ? 0 : args.panels * depth * n * sizeof(A);
+  args.shared_bytes = many ? 0 : args.panels * panel_values<F>(depth) * sizeof(F);
 }
 
 static void patch_embed_plan(PatchEmbedArgs& args) {
-  if (args.in.dtype == Dtype::kFloat64) return patch_embed_plan_typed<double>(args);
-  patch_embed_plan_typed<float>(args);
+  with_type(args.in.dtype, [&](auto* type) {
+    patch_embed_plan_typed<Factor<std::remove_pointer_t<decltype(type)>>>(args);
+  });
 }
 
 // `count` columns of a row of x in NCHW as (columns, channels).
@@ -158,33 +161,44 @@ static void pack_windows(const PatchEmbedArgs& args, const Band& band, const A* 
 }
 
 // Memory that pack_pixels needs for the panels [first, last).
-template <class A>
+template <class T>
 static int64_t packing_bytes(const PatchEmbedArgs& args, int64_t first, int64_t last) {
+  using A = Acc<T>;
   constexpr int64_t n = kPanel<A>;
-  int64_t count = (last - first) * n, rows = band_rows(args, first * n, count);
-  return rows * Band(args).row() * sizeof(A) + (args.depth() + count) * sizeof(int64_t);
+  int64_t count = (last - first) * n, values = band_rows(args, first * n, count) * Band(args).row();
+  if (!std::is_same_v<Factor<T>, A>) values += args.depth() * n;
+  return values * sizeof(A) + (args.depth() + count) * sizeof(int64_t);
 }
 
-// Writes the windows of the panels [first, last) as (panels, depth, lanes).
+// Writes the windows of the panels [first, last) as factors (panels, depth, lanes).
 template <class T>
 static void pack_pixels(const PatchEmbedArgs& args, int64_t first, int64_t last, void* memory,
-                        Acc<T>* out) {
-  constexpr int64_t n = kPanel<Acc<T>>;
+                        Factor<T>* out) {
+  using A = Acc<T>;
+  using F = Factor<T>;
+  constexpr int64_t n = kPanel<A>;
   int64_t depth = args.depth(), taps = args.kernel[0] * args.kernel[1], i = 0;
   int64_t pixels = args.out.batch * args.out.pixels();
   int64_t* places = static_cast<int64_t*>(memory);
   int64_t* windows = places + depth;
-  Acc<T>* data = reinterpret_cast<Acc<T>*>(windows + (last - first) * n);
+  A* panel = reinterpret_cast<A*>(windows + (last - first) * n);
+  A* data = panel;
   for (int64_t tap = 0; tap < taps; ++tap) {
     for (int64_t c = 0; c < args.in.channels; ++c, ++i) {
       places[i] = args.weight_channels_last ? i : c * taps + tap;
     }
   }
+  if (!std::is_same_v<F, A>) data += depth * n;
   Band band(args);
   fill_band<T>(args, first * n, smaller(last * n, pixels) - first * n, band, data, windows);
-  for (int64_t p = first; p < last; ++p, windows += n, out += depth * n) {
+  for (int64_t p = first; p < last; ++p, windows += n, out += panel_values<F>(depth)) {
     int lanes = static_cast<int>(smaller(n, pixels - p * n));
-    pack_windows(args, band, data, windows, lanes, places, out);
+    if constexpr (std::is_same_v<F, A>) {
+      pack_windows(args, band, data, windows, lanes, places, out);
+    } else {
+      pack_windows(args, band, data, windows, lanes, places, panel);
+      make_factors<F>(panel, depth, n, out, [](int64_t, Vec<A> v) { return v; });
+    }
   }
 }
 
@@ -208,21 +222,25 @@ static void patch_embed_tiles(const PatchEmbedArgs& args, int64_t begin, int64_t
   with_type(args.in.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     using A = Acc<T>;
+    using F = Factor<T>;
     constexpr int64_t n = kPanel<A>;
-    int64_t channels = args.out.channels, depth = args.depth(), step = depth_step(depth);
+    int64_t channels = args.out.channels, depth = args.depth(), step = depth_step<F>(depth);
+    int64_t panel_size = panel_values<F>(depth);
     for (int64_t tile = begin; tile < end; ++tile) {
       int64_t first = tile * args.panels / args.tiles;
       int64_t last = (tile + 1) * args.panels / args.tiles, count = last - first;
-      int64_t size = count * (depth + channels) * n + gemm_spare(step) + channels;
-      int64_t bytes = round_up(size * sizeof(A), sizeof(int64_t));
-      char* memory = static_cast<char*>(scratch(bytes + packing_bytes<A>(args, first, last)));
-      A* panels = reinterpret_cast<A*>(memory);
-      A *sums = panels + count * depth * n, *spare = sums + count * channels * n;
+      int64_t size = count * channels * n + gemm_spare(step) + channels;
+      int64_t bytes = round_up(count * panel_size * sizeof(F) + size * sizeof(A), sizeof(int64_t));
+      char* memory = static_cast<char*>(scratch(bytes + packing_bytes<T>(args, first, last)));
+      F* panels = reinterpret_cast<F*>(memory);
+      A* sums = reinterpret_cast<A*>(panels + count * panel_size);
+      A* spare = sums + count * channels * n;
       pack_pixels<T>(args, first, last, memory + bytes, panels);
       for (int64_t k = 0; k < depth; k += step) {
-        gemm<T>(as<T>(args.weight) + k, depth, channels, smaller(step, depth - k), panels + k * n,
-                depth * n, count, last < args.panels ? n : last_lanes_of<A>(args.out, args.panels),
-                sums, channels * n, k > 0, spare);
+        gemm<T>(as<T>(args.weight) + k, depth, channels, smaller(step, depth - k),
+                panels + place<F>(k, 0), panel_size, count,
+                last < args.panels ? n : last_lanes_of<A>(args.out, args.panels), sums,
+                channels * n, k > 0, spare);
       }
       write_panels<T>(args, first, last, 0, channels, sums, spare + gemm_spare(step));
     }
@@ -233,9 +251,9 @@ static void patch_embed_tiles(const PatchEmbedArgs& args, int64_t begin, int64_t
 static void patch_embed_pack(const PatchEmbedArgs& args, int64_t begin, int64_t end) {
   with_type(args.in.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    using A = Acc<T>;
-    A* out = static_cast<A*>(args.shared) + begin * args.depth() * kPanel<A>;
-    pack_pixels<T>(args, begin, end, scratch(packing_bytes<A>(args, begin, end)), out);
+    using F = Factor<T>;
+    F* out = static_cast<F*>(args.shared) + begin * panel_values<F>(args.depth());
+    pack_pixels<T>(args, begin, end, scratch(packing_bytes<T>(args, begin, end)), out);
   });
 }
 
@@ -243,15 +261,16 @@ static void patch_embed_rows(const PatchEmbedArgs& args, int64_t begin, int64_t 
   with_type(args.in.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     using A = Acc<T>;
+    using F = Factor<T>;
     constexpr int64_t n = kPanel<A>;
     int64_t depth = args.depth(), channels = args.out.channels, row = begin * kRows;
     int64_t rows = smaller(end * kRows, channels) - row;
     int64_t size = args.panels * rows * n + gemm_spare(depth) + channels;
     A* sums = static_cast<A*>(scratch(size * sizeof(A)));
     A *spare = sums + args.panels * rows * n, *bias = spare + gemm_spare(depth);
-    gemm<T>(as<T>(args.weight) + row * depth, depth, rows, depth, static_cast<A*>(args.shared),
-            depth * n, args.panels, last_lanes_of<A>(args.out, args.panels), sums, rows * n, false,
-            spare);
+    gemm<T>(as<T>(args.weight) + row * depth, depth, rows, depth,
+            static_cast<const F*>(args.shared), panel_values<F>(depth), args.panels,
+            last_lanes_of<A>(args.out, args.panels), sums, rows * n, false, spare);
     write_panels<T>(args, 0, args.panels, row, rows, sums, bias);
   });
 }
