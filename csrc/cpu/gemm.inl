@@ -160,9 +160,12 @@ static void multiply_column(int count, const F* left, int64_t stride, const F* c
   }
 }
 
+// Blocks of rows that a part of a panel is multiplied with while it is in the first-level cache.
+constexpr int64_t kGroup = POOLFORMER_GROUP;
+
 // Values that gemm needs beside its operands: rows that cannot be multiplied where they are, and
 // one pixel as a column.
-constexpr int64_t gemm_spare(int64_t depth) { return (kRows + 1) * (depth + 1); }
+constexpr int64_t gemm_spare(int64_t depth) { return (kGroup * kRows + 1) * (depth + 1); }
 
 // Asks for rows that are needed soon, some lines at a time.
 class Ahead {
@@ -193,14 +196,14 @@ class Ahead {
 // `count` rows of a weight as factors, zeros after the last of an odd number; `stride`: of the
 // rows, and of the result.
 template <class T>
-static const Factor<T>* factors_of(const T* rows, int count, int64_t depth, int64_t& stride,
+static const Factor<T>* factors_of(const T* rows, int64_t count, int64_t depth, int64_t& stride,
                                    Factor<T>* spare) {
   using F = Factor<T>;
   if constexpr (std::is_same_v<T, F>) {
     if (depth % kStep<F> == 0) return rows;
   }
   int64_t wide = steps_of<F>(depth) * kStep<F>;
-  for (int i = 0; i < count; ++i) {
+  for (int64_t i = 0; i < count; ++i) {
     F* to = spare + i * wide;
     if constexpr (std::is_same_v<T, F>) {
       std::fill(std::copy_n(rows + i * stride, depth, to), to + wide, F{});
@@ -223,16 +226,15 @@ static void gemm(const T* weight, int64_t stride, int64_t rows, int64_t depth, c
   constexpr int n = kPanel<A>;
   constexpr int64_t most = kDepth * kStep<F>;
   F* memory = reinterpret_cast<F*>(spare);
-  F* column = memory + kRows * (depth + 1);
+  F* column = memory + kGroup * kRows * (depth + 1);
   for (int64_t k = 0; last_lanes == 1 && k < depth; ++k) {
     column[k] = in[(panels - 1) * in_stride + place<F>(k, 0)];
   }
-  for (int64_t r = 0; r < rows; r += kRows) {
-    int count = static_cast<int>(smaller(rows - r, kRows));
-    int64_t block_stride = stride;
-    const F* block = factors_of<T>(weight + r * stride, count, depth, block_stride, memory);
+  for (int64_t r = 0; r < rows; r += kGroup * kRows) {
+    int64_t group = smaller(rows - r, kGroup * kRows), left_stride = stride;
+    const F* left = factors_of<T>(weight + r * stride, group, depth, left_stride, memory);
     // The next rows come from memory while these are multiplied.
-    Ahead ahead(weight + (r + kRows) * stride, stride, smaller(rows - r - kRows, kRows), depth);
+    Ahead ahead(weight + (r + group) * stride, stride, smaller(rows - r - group, group), depth);
     int64_t share = (ahead.left() + panels - 1) / panels;
     for (int64_t p = 0; p < panels; ++p) {
       ahead.ask(share);
@@ -241,14 +243,19 @@ static void gemm(const T* weight, int64_t stride, int64_t rows, int64_t depth, c
         int64_t size = smaller(depth - k, most), steps = steps_of<F>(size);
         const F* from = in + p * in_stride + place<F>(k, 0);
         bool more = add || k > 0;
-        if (p + 1 < panels || last_lanes > kLanes<A>) {
-          multiply_rows<false, F, kRows, 2>(count, block + k, block_stride, from, kPanelStep<F>,
-                                            steps, to, n, more);
-        } else if (last_lanes > 1) {
-          multiply_rows<false, F, kRows, 1>(count, block + k, block_stride, from, kPanelStep<F>,
-                                            steps, to, n, more);
-        } else {
-          multiply_column<F, kRows>(count, block + k, block_stride, column + k, size, to, n, more);
+        for (int64_t i = 0; i < group; i += kRows) {
+          int count = static_cast<int>(smaller(group - i, kRows));
+          const F* block = left + i * left_stride + k;
+          if (p + 1 < panels || last_lanes > kLanes<A>) {
+            multiply_rows<false, F, kRows, 2>(count, block, left_stride, from, kPanelStep<F>, steps,
+                                              to + i * n, n, more);
+          } else if (last_lanes > 1) {
+            multiply_rows<false, F, kRows, 1>(count, block, left_stride, from, kPanelStep<F>, steps,
+                                              to + i * n, n, more);
+          } else {
+            multiply_column<F, kRows>(count, block, left_stride, column + k, size, to + i * n, n,
+                                      more);
+          }
         }
       }
     }

@@ -12,6 +12,7 @@
 #define POOLFORMER_NAME "default"
 #define POOLFORMER_VECTOR_BYTES 16
 #define POOLFORMER_ROWS 6
+#define POOLFORMER_GROUP 1
 #define POOLFORMER_CHUNK 96
 
 #include "kernels.inl"
