@@ -26,12 +26,12 @@ static void mlp_plan_typed(MlpArgs& args) {
   int64_t x_bytes = panel_values<F>(in.channels) * sizeof(F);
   args.panels = (in.batch * in.pixels() + n - 1) / n;
   args.slots = (in.pixels() + n - 1) / n + 1;
-  args.chunk = smaller(args.hidden, POOLFORMER_CHUNK);
+  args.chunk = smaller(args.hidden, POOLFORMER_CHUNK * kStep<F>);
   int64_t most = l2_bytes() * 3 / 4 / (x_bytes + (in.channels + args.chunk) * unit);
   most = smaller(larger(most, 16), 64);  // fewer would read the weights too often
   int64_t tiles = (args.panels + most - 1) / most;
   bool many = args.panels >= 32 || tiles >= 8;  // by shape alone: it has a say in how sums are cut
-  args.tiles = many ? smaller(round_up(tiles, 4 * args.threads), args.panels) : 0;
+  args.tiles = many ? smaller(round_up(tiles, 2 * args.threads), args.panels) : 0;
   args.fc1_blocks = (args.hidden + kRows - 1) / kRows;
   args.fc2_blocks = (in.channels + kRows - 1) / kRows;
   int64_t hidden_bytes = panel_values<F>(args.hidden) * sizeof(F);

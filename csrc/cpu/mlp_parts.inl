@@ -149,7 +149,7 @@ static void activate_rows(const Acc<F>* h, const Acc<F>* bias, int64_t rows, int
       for (int i = 0; i < kLanes<A>; ++i) v[i] = value_and_slope<kActivation>(v[i]).value;
       return v;
     } else {
-      return value_and_slope<kActivation>(v).value;
+      return value_and_slope_as<kActivation, F>(v).value;
     }
   });
 }
