@@ -182,6 +182,17 @@ std::tuple<Tensor, Tensor, Tensor> pool_mixer_bwd(const Tensor& dy, const Tensor
   return {b.t.out, as_parameter(dnorm_weight, x), as_parameter(dscale, x)};
 }
 
+// What the forward kept for the backward: fc1's result, of the weights' dtype.
+void check_kept(const char* op, const Tensor& kept, const Tensor& x, const Tensor& fc1_weight) {
+  int64_t shape[] = {x.size(0), x.size(2), x.size(3), fc1_weight.size(0)};
+  TORCH_CHECK_VALUE(kept.sizes() == at::IntArrayRef(shape), op, ": hidden has shape ", kept.sizes(),
+                    "; it has to be ", at::IntArrayRef(shape), ".");
+  TORCH_CHECK_TYPE(kept.scalar_type() == fc1_weight.scalar_type(), op, ": hidden is ",
+                   kept.scalar_type(), " and fc1_weight is ", fc1_weight.scalar_type(),
+                   "; the backward needs what the forward kept.");
+  check_device(op, "hidden", kept, x);
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mlp_bwd(
     const Tensor& dz, const Tensor& x, const Tensor& saved, const OptionalTensor& kept,
     const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, const Tensor& fc1_weight,
@@ -193,9 +204,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mlp_b
   check_input(op, x, check_backward(op, dz, x, saved), 0);
   int64_t hidden = check_mlp(op, x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight,
                              fc2_bias, layer_scale, drop_path, hidden_drop_path);
-  int64_t kept_shape[] = {x.size(0), x.size(2), x.size(3), hidden};
   bool keeps = kept && kept->numel() > 0;
-  if (keeps) check_parameter(op, "hidden", kept, kept_shape, fc1_weight);
+  if (keeps) check_kept(op, *kept, x, fc1_weight);
 
   const auto& kernels = cpu::kernels();
   Backward b(dz, x, saved);
