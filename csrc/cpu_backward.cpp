@@ -182,6 +182,17 @@ std::tuple<Tensor, Tensor, Tensor> pool_mixer_bwd(const Tensor& dy, const Tensor
   return {b.t.out, as_parameter(dnorm_weight, x), as_parameter(dscale, x)};
 }
 
+// What the forward kept for the backward: fc1's result, of the weights' dtype.
+void check_kept(const char* op, const Tensor& kept, const Tensor& x, const Tensor& fc1_weight) {
+  int64_t shape[] = {x.size(0), x.size(2), x.size(3), fc1_weight.size(0)};
+  TORCH_CHECK_VALUE(kept.sizes() == at::IntArrayRef(shape), op, ": hidden has shape ", kept.sizes(),
+                    "; it has to be ", at::IntArrayRef(shape), ".");
+  TORCH_CHECK_TYPE(kept.scalar_type() == fc1_weight.scalar_type(), op, ": hidden is ",
+                   kept.scalar_type(), " and fc1_weight is ", fc1_weight.scalar_type(),
+                   "; the backward needs what the forward kept.");
+  check_device(op, "hidden", kept, x);
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mlp_bwd(
     const Tensor& dz, const Tensor& x, const Tensor& saved, const OptionalTensor& kept,
     const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, const Tensor& fc1_weight,
@@ -193,9 +204,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mlp_b
   check_input(op, x, check_backward(op, dz, x, saved), 0);
   int64_t hidden = check_mlp(op, x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight,
                              fc2_bias, layer_scale, drop_path, hidden_drop_path);
-  int64_t kept_shape[] = {x.size(0), x.size(2), x.size(3), hidden};
   bool keeps = kept && kept->numel() > 0;
-  if (keeps) check_parameter(op, "hidden", kept, kept_shape, x);
+  if (keeps) check_kept(op, *kept, x, fc1_weight);
 
   const auto& kernels = cpu::kernels();
   Backward b(dz, x, saved);
@@ -204,11 +214,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mlp_b
   Contiguous gamma(norm_weight), beta(norm_bias), w1(fc1_weight), b1(fc1_bias), w2(fc2_weight),
       contiguous_scale(layer_scale), hidden_rows(keeps ? kept : OptionalTensor());
   Factors k(drop_path), ka(hidden_drop_path), b2(fc2_bias), scale(layer_scale);
-  Tensor dfc1 = at::empty(fc1_weight.sizes(), x.options());
+  Tensor dfc1 = at::empty(fc1_weight.sizes(), fc1_weight.options());
   Tensor dfc1_bias = at::empty({hidden}, x.options());
-  Tensor dfc2 = at::empty(fc2_weight.sizes(), x.options());
+  Tensor dfc2 = at::empty(fc2_weight.sizes(), fc2_weight.options());
   cpu::MlpBackwardArgs args{};
   args.in = in, args.dz = b.gradient.const_data_ptr(), args.kept = hidden_rows.data();
+  args.weights = dtype_of(fc1_weight);
   args.norm_weight = gamma.data(), args.norm_bias = beta.data();
   args.mean = b.mean.data(), args.rstd = b.rstd.data();
   args.fc1_weight = w1.data(), args.fc1_bias = b1.data(), args.fc2_weight = w2.data();
@@ -220,10 +231,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mlp_b
   args.fc2_gradient = dfc2.mutable_data_ptr();
   kernels.mlp_backward_plan(args);
   auto aligned = [](size_t size) { return (size + 63) / 64 * 64; };
-  size_t weights = aligned(args.weights_bytes), parts = aligned(args.parts_bytes);
+  size_t factors = aligned(args.factors_bytes), parts = aligned(args.parts_bytes);
   auto* memory =
-      static_cast<char*>(cpu::scratch(weights + parts + args.gradient_bytes, cpu::Scratch::kSums));
-  args.weights = memory, args.parts = memory + weights, args.gradient = memory + weights + parts;
+      static_cast<char*>(cpu::scratch(factors + parts + args.gradient_bytes, cpu::Scratch::kSums));
+  args.factors = memory, args.parts = memory + factors, args.gradient = memory + factors + parts;
   std::vector<double> column_sums(args.row_parts * channels), scale_sums(args.panels * channels);
   args.column_sums = column_sums.data(), args.scale_sums = scale_sums.data();
   run_kernel(kernels.mlp_backward_pack, args, args.panels, 4);

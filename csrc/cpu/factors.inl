@@ -20,6 +20,19 @@ struct FactorOf<bf16> {
 template <class T>
 using Factor = typename FactorOf<T>::type;
 
+// Calls f with null pointers of x's type and of the weights'.
+template <class Args, class F>
+PF_INLINE void with_types(const Args& args, F&& f) {
+  with_type(args.in.dtype, [&](auto* x) {
+#if defined(POOLFORMER_BF16)
+    if constexpr (std::is_same_v<decltype(x), float*>) {
+      if (args.weights == Dtype::kBFloat16) return f(x, static_cast<bf16*>(nullptr));
+    }
+#endif
+    f(x, x);
+  });
+}
+
 // A step of a product takes as many values of k as fit in a lane of its sums: one, or two bfloat16
 // that lie side by side. So a panel of factors has the value (k, lane) at place<F>(k, lane), and
 // one more where k is odd, which has to be zero.
@@ -81,7 +94,24 @@ PF_INLINE Vec<float> in_turns(Vec<float> first, Vec<float> second) {
   return bit_cast<Vec<float>>(
       _mm512_permutexvar_epi16(turns, bit_cast<__m512i>(in_order(first, second))));
 }
+
+// Stores a vector of each of two rows.
+PF_INLINE void store_rows(bf16* to, int64_t stride, Vec<float> first, Vec<float> second) {
+  __m512i both = bit_cast<__m512i>(in_order(first, second));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_castsi512_si256(both));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + stride), _mm512_extracti64x4_epi64(both, 1));
+}
 #endif
+
+// The step that begins with k, of get(k), and get(k + 1) where that is before the end.
+template <class F, class Get>
+PF_INLINE Vec<Acc<F>> step_of(int64_t k, int64_t end, Get&& get) {
+  Vec<Acc<F>> v = get(k);
+#if defined(POOLFORMER_BF16)
+  if constexpr (kStep<F> == 2) v = in_turns(v, k + 1 < end ? get(k + 1) : Vec<Acc<F>>{});
+#endif
+  return v;
+}
 
 // Turns rows (rows, panel) of sums into factors; both may be the same memory. prepare(r, v): what
 // becomes of the vector v of the row r. Of each row the first `lanes` are taken.
@@ -92,12 +122,8 @@ PF_INLINE void make_factors(const Acc<F>* rows, int64_t count, int64_t lanes, F*
   constexpr int n = kPanel<A>, w = kLanes<A>;
   for (int64_t r = 0; r < count; r += kStep<F>, rows += kStep<F> * n, out += kPanelStep<F>) {
     for (int64_t i = 0; i < lanes; i += w) {
-      Vec<A> v = prepare(r, load(rows + i));
-#if defined(POOLFORMER_BF16)
-      if constexpr (kStep<F> == 2) {
-        v = in_turns(v, r + 1 < count ? prepare(r + 1, load(rows + n + i)) : Vec<A>{});
-      }
-#endif
+      Vec<A> v =
+          step_of<F>(r, count, [&](int64_t k) { return prepare(k, load(rows + (k - r) * n + i)); });
       store_raw<A, w>(out + i * kStep<F>, v);
     }
   }

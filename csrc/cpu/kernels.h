@@ -123,6 +123,7 @@ struct MlpArgs {
 struct MlpBackwardArgs {
   Image in;  // x
   const void* dz;
+  Dtype weights;                               // of both, as in MlpArgs
   const void* kept;                            // (batch * pixels, hidden), fc1's result, or null
   const void *norm_weight, *norm_bias;         // (channels) or null
   const double *mean, *rstd;                   // (batch, groups)
@@ -136,8 +137,8 @@ struct MlpBackwardArgs {
   void *fc1_gradient, *fc1_bias_gradient, *fc2_gradient;  // like the parameters
   // Set by mlp_backward_plan. A task is one part of the pixels and one of the hidden channels.
   int64_t row_parts, hidden_parts, panels;
-  size_t weights_bytes, parts_bytes, gradient_bytes;
-  void* weights;        // as the products read them
+  size_t factors_bytes, parts_bytes, gradient_bytes;
+  void* factors;        // the weights as the products read them
   void* parts;          // gradients of the weights and of fc1's bias, for each part of the pixels
   void* gradient;       // dn, like x in the accumulation type, for each part of the hidden
   double* column_sums;  // (row_parts, channels), of drop_path * dz

@@ -5,19 +5,6 @@
 
 namespace poolformer::cpu::POOLFORMER_ISA {
 
-// Calls f with null pointers of x's type and of the weights'.
-template <class Args, class F>
-PF_INLINE void with_types(const Args& args, F&& f) {
-  with_type(args.in.dtype, [&](auto* x) {
-#if defined(POOLFORMER_BF16)
-    if constexpr (std::is_same_v<decltype(x), float*>) {
-      if (args.weights == Dtype::kBFloat16) return f(x, static_cast<bf16*>(nullptr));
-    }
-#endif
-    f(x, x);
-  });
-}
-
 template <class F>
 static void mlp_plan_typed(MlpArgs& args) {
   using A = Acc<F>;

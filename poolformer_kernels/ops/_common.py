@@ -310,3 +310,10 @@ def promote(branch: torch.dtype, layer_scale: Tensor | None, x: Tensor) -> torch
 def as_float32(*tensors: Any) -> Any:
     """Each tensor that is there in float32; gradients come back in its own dtype."""
     return tuple(None if t is None else t.float() for t in tensors)
+
+
+@torch.compiler.assume_constant_result
+def cpu_product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What the CPU kernels multiply for autocast to `dtype`: that or, if not natively, float32."""
+    module: Any = _extension.load()
+    return dtype if dtype == torch.bfloat16 and module.cpu_multiplies_bf16() else torch.float32

@@ -158,8 +158,9 @@ def mlp(
 
     Returns:
         z: (B, C, H, W) in x's dtype and layout; with return_stats also (B, G, P, 3) in float32
-            (float64). Under torch.autocast the products are in its dtype (in float32 on backend
-            "cpu"), all else in float32, and z has eager's dtype.
+            (float64). Under torch.autocast the products are in its dtype (on backend "cpu" in
+            float32, but for bfloat16 that the CPU multiplies natively), all else in float32, and z
+            has eager's dtype.
 
     Raises:
         TypeError, ValueError: an argument that does not fit, with what would.
@@ -203,11 +204,10 @@ def mlp(
         x, norm_weight, norm_bias, layer_scale, *factors = common.as_float32(
             x, norm_weight, norm_bias, layer_scale, *factors
         )
-        weights = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-        if backend == "cpu":  # its products are of float32
-            weights = common.as_float32(*weights)
-        else:
-            weights = (fc1_weight.to(product), fc1_bias, fc2_weight.to(product), fc2_bias)
+        if backend == "cpu":
+            product = common.cpu_product_dtype(product)
+            fc1_bias, fc2_bias = common.as_float32(fc1_bias, fc2_bias)
+        weights = (fc1_weight.to(product), fc1_bias, fc2_weight.to(product), fc2_bias)
         parameters = (norm_weight, norm_bias, *weights, layer_scale)
     args = (
         x,

@@ -130,7 +130,9 @@ def patch_embed(
     dtype = x.dtype
     if autocast:
         dtype = torch.get_autocast_dtype(device)
-        x, weight, bias = common.as_float32(x, weight, bias)
+        product = common.cpu_product_dtype(dtype)
+        x, weight = x.to(product), weight.to(product)
+        bias = None if bias is None else bias.to(product)
     args = (x, weight, bias, stride, padding, name)
     y = PatchEmbedFunction.apply(*args) if grad else _forward_op(*args)
     return y if y.dtype == dtype else y.to(dtype)

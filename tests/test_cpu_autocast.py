@@ -1,0 +1,159 @@
+"""The C++ kernels under autocast to bfloat16, with native products and without."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import cases
+import pytest
+import torch
+from cases import Case
+from torch import Tensor
+
+import poolformer_kernels as pk
+from poolformer_kernels import _extension, reference
+
+C = _extension.load()
+if C is None:
+    pytest.skip(str(_extension.why_not()), allow_module_level=True)
+
+LAYOUTS = ["nchw", "channels_last"]
+CASES = [  # parts of pixels and of the hidden, odd channels and pixels, tails of every vector
+    Case((3, 64, 40, 57), hidden=200, drop=True),
+    Case((3, 161, 7, 7), drop=True, mean=3.0, hidden=331),
+    Case((1, 192, 14, 15), num_groups=3, act="silu", hidden=300),
+    Case((2, 15, 33, 19), num_groups=5, act="gelu_pytorch_tanh"),
+    Case((7, 33, 1, 1), hidden=5, drop=True),
+    Case((2, 5, 1, 40), act="relu", affine=False),
+    Case((1, 512, 7, 7), hidden=900),
+    Case((0, 8, 5, 5)),
+]
+
+
+def arguments(
+    case: Case, layout: str
+) -> tuple[Tensor, list[Tensor | None], Tensor, dict[str, Any]]:
+    """x, parameters, the output's gradient, all float32, and options."""
+    x = cases.random_input(case, layout, torch.float32)
+    params = cases.parameters("mlp", case, torch.float32)
+    dz = cases.layout_of(torch.randn(case.shape), layout)
+    return x, params, dz, cases.options("mlp", case)
+
+
+def mlp(case: Case, layout: str, autocast: bool = True, **more: Any) -> list[Tensor]:
+    """The output and all gradients."""
+    x, params, dz, options = arguments(case, layout)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        return cases.run(pk.mlp, x, params, dz, **options, **more)
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_as_exact_as_eager(case: Case, layout: str, keeps: bool, capability: str) -> None:
+    torch.manual_seed(0)
+    ours = mlp(case, layout, backend="cpu", save_hidden=keeps)
+    torch.manual_seed(0)
+    eager = mlp(case, layout, backend="torch")
+    torch.manual_seed(0)
+    x, params, dz, options = arguments(case, layout)
+    cases.assert_as_exact_as_eager(ours, eager, cases.oracle("mlp", x, params, dz, **options))
+    assert all(t.dtype == torch.float32 for t in ours[1:])
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(pk.mlp(x, *params, backend="cpu", **options), ours[0])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", CASES[:3], ids=str)
+def test_products_are_of_float32_where_bfloat16_is_not_native(
+    case: Case, layout: str, capability: str
+) -> None:
+    results = []
+    for autocast in (True, False):
+        torch.manual_seed(0)
+        results.append(mlp(case, layout, autocast, backend="cpu", save_hidden=False))
+    same = all(map(torch.equal, *results))
+    assert same != C.cpu_multiplies_bf16()
+    assert C.cpu_multiplies_bf16() == (capability == "avx512_bf16")
+
+
+def test_patch_embed_is_in_bfloat16_where_that_is_native(capability: str) -> None:
+    x, weight, bias = torch.randn(2, 12, 15, 15), torch.randn(20, 12, 3, 3), torch.randn(20)
+    geometry: dict[str, Any] = {"stride": 2, "padding": 1, "backend": "cpu"}
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = pk.patch_embed(x, weight, bias, **geometry)
+    dtype = torch.bfloat16 if C.cpu_multiplies_bf16() else torch.float32
+    expected = pk.patch_embed(x.to(dtype), weight.to(dtype), bias.to(dtype), **geometry)
+    assert torch.equal(ours, expected.bfloat16())
+
+
+def test_autocast_to_float16_has_products_of_float32(capability: str) -> None:
+    x, params, _, options = arguments(CASES[1], "nchw")
+    plain = pk.mlp(x, *params, backend="cpu", **options)
+    with torch.autocast("cpu", torch.float16):
+        assert torch.equal(pk.mlp(x, *params, backend="cpu", **options), plain)
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[1], CASES[6]], ids=str)
+def test_same_bits_on_any_number_of_threads(
+    case: Case, capability: str, threads: Callable[[int], None]
+) -> None:
+    results = []
+    for count in (1, 2, 3):
+        threads(count)
+        torch.manual_seed(0)
+        results.append(mlp(case, "channels_last", backend="cpu"))
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+
+
+native = pytest.mark.skipif(
+    not C.cpu_multiplies_bf16(), reason="this CPU does not multiply bfloat16 natively"
+)
+
+
+def direct(keeps: bool) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Arguments of mlp_fwd and of mlp_bwd: x float32, the weights bfloat16."""
+    x, params, dz, options = arguments(Case((2, 9, 6, 5), drop=True, hidden=13), "nchw")
+    weights = [None if p is None else p.bfloat16() if p.dim() > 1 else p for p in params]
+    factors = options["drop_path"], options["hidden_drop_path"]
+    forward = (x, None, *weights, *factors, "gelu", 1, 1e-5, False, keeps, "cpu")
+    _, saved, _, hidden = torch.ops.poolformer_kernels.mlp_fwd(*forward)
+    return forward, (dz, x, saved, hidden if keeps else None, *weights, *factors, "gelu", "cpu")
+
+
+@native
+@pytest.mark.parametrize("keeps", [False, True])
+def test_dtypes_of_the_op_beside_weights_of_bfloat16(keeps: bool) -> None:
+    forward, backward = direct(keeps)
+    ops = torch.ops.poolformer_kernels
+    torch.library.opcheck(ops.mlp_fwd.default, forward)
+    torch.library.opcheck(ops.mlp_bwd.default, backward)
+    gradients = ops.mlp_bwd(*backward)
+    inputs = (forward[0], *forward[2:9])
+    assert [g.dtype for g in gradients] == [t.dtype for t in inputs]
+    with pytest.raises(TypeError, match="hidden is Float and fc1_weight is BFloat16"):
+        ops.mlp_bwd(*backward[:3], torch.ones(2, 6, 5, 13), *backward[4:])
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_under_autocast(backend: str) -> None:
+    x, params, _, options = arguments(Case((2, 9, 6, 5), drop=True, hidden=13), "channels_last")
+    tensors = [x, *(p for p in params if p is not None)]
+    for t in tensors:
+        t.requires_grad_()
+
+    def step(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return pk.mlp(x, *params, backend="cpu", **options)
+
+    results = []
+    for function in (step, torch.compile(step, fullgraph=True, backend=backend)):
+        z = function(x)
+        results.append([z, *torch.autograd.grad(z.sum(), tensors)])
+    for a, b in zip(*results, strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    exact = reference.mlp(*(t.detach().double() for t in tensors), **options)
+    torch.testing.assert_close(results[0][0].double(), exact, rtol=0.1, atol=0.1)
