@@ -102,7 +102,7 @@ static void slope_rows(const MlpBackwardTile<F>& tile, int64_t count, int64_t wi
             value[lane] = both.value, slope[lane] = both.slope;
           }
         } else {
-          auto both = value_and_slope<kActivation>(x);
+          auto both = value_and_slope_as<kActivation, F>(x);
           value = both.value, slope = both.slope;
         }
         dh[row - i] = load(da + (row - i) * stride + j) * tile.ka[row] * slope;
