@@ -98,7 +98,8 @@ PF_INLINE Vec<float> in_turns(Vec<float> first, Vec<float> second) {
 // Stores a vector of each of two rows.
 PF_INLINE void store_rows(bf16* to, int64_t stride, Vec<float> first, Vec<float> second) {
   __m512i both = bit_cast<__m512i>(in_order(first, second));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_castsi512_si256(both));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                      _mm512_maskz_extracti64x4_epi64(0xff, both, 0));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + stride),
                       _mm512_maskz_extracti64x4_epi64(0xff, both, 1));
 }
