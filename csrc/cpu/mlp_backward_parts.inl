@@ -40,11 +40,12 @@ template <class F>
 static void mlp_backward_plan_typed(MlpBackwardArgs& args) {
   int64_t pixels = args.in.batch * args.in.pixels(), hidden = args.hidden;
   MlpBackwardSizes<F> sizes(args);
-  // A part of the pixels costs 2 hidden * channels sums, one of the hidden pixels * channels.
+  // A part of the pixels costs 2 hidden * channels sums, one of the hidden pixels * channels, and
+  // as much again to make pairs of what it reads.
   int64_t r = 1, s = 1;
   while (r * s < 8) {
     bool more_rows = 2 * r * kRows <= pixels, more_hidden = 2 * s <= sizes.panels;
-    if (more_rows && (2 * r * hidden <= s * pixels || !more_hidden)) {
+    if (more_rows && (2 * r * hidden <= kStep<F> * s * pixels || !more_hidden)) {
       r *= 2;
     } else if (more_hidden) {
       s *= 2;
@@ -152,8 +153,9 @@ static void finish_panel(const MlpBackwardArgs& args, int64_t panel, Acc<T>* mem
   constexpr int w = kLanes<A>, n = kPanel<A>;
   MlpBackwardSizes<Factor<W>> sizes(args);
   int64_t channels = sizes.channels, start = panel * n, count = smaller(n, args.hidden - start);
-  A *sums = memory, *scale = sums + channels * n, *bias = scale + channels;
-  auto add_parts = [&](int64_t offset, int64_t size, A* to) {
+  A *scale = memory + channels * n, *bias = scale + channels;
+  auto add_parts = [&](int64_t offset, int64_t size, A* to) -> const A* {
+    if (args.row_parts == 1) return sizes.gradients(args, 0) + offset;
     for (int64_t i = 0; i < size; i += w) {
       Vec<A> v = load(sizes.gradients(args, 0) + offset + i);
       for (int64_t r = 1; r < args.row_parts; ++r) {
@@ -161,13 +163,14 @@ static void finish_panel(const MlpBackwardArgs& args, int64_t panel, Acc<T>* mem
       }
       store(to + i, v);
     }
+    return to;
   };
   load_all<T>(as<T>(args.layer_scale), scale, channels, A(1));
-  add_parts(2 * sizes.weight + start, n, bias);
+  const A* bias_sums = add_parts(2 * sizes.weight + start, n, bias);
   T* fc1_bias = static_cast<T*>(args.fc1_bias_gradient) + start;
-  for (int64_t j = 0; j < count; ++j) store1(fc1_bias + j, bias[j]);
+  for (int64_t j = 0; j < count; ++j) store1(fc1_bias + j, bias_sums[j]);
 
-  add_parts(start * channels, channels * n, sums);
+  const A* sums = add_parts(start * channels, channels * n, memory);
   W* fc1 = static_cast<W*>(args.fc1_gradient) + start * channels;
   int64_t c = 0;
   for (; count == n && c + w <= channels; c += w) {
@@ -184,7 +187,7 @@ static void finish_panel(const MlpBackwardArgs& args, int64_t panel, Acc<T>* mem
     for (int64_t j = 0; j < count; ++j) store1(fc1 + j * channels + c, sums[c * n + j]);
   }
 
-  add_parts(sizes.weight + start * channels, channels * n, sums);
+  sums = add_parts(sizes.weight + start * channels, channels * n, memory);
   W* fc2 = static_cast<W*>(args.fc2_gradient) + start;
   const W* weight = as<W>(args.fc2_weight) + start;
   for (c = 0; c < channels; ++c) {
