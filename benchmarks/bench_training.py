@@ -47,7 +47,8 @@ def bench(
         placed = Setting(setting.variant, "float32", layout, setting.device)
         trainer, data = Trainer(name, placed, mode), batch.placed(placed)
         full_name = f"{name}, {layout}"
-        checks.append(Contender(full_name, partial(trainer.check, data)))
+        stock = name in ("eager", "torch.compile")  # in either layout, as wrong as PyTorch makes it
+        checks.append(Contender(full_name, partial(trainer.check, data), slack=4 if stock else 2))
         steps.append(Contender(full_name, partial(trainer.step, data)))
     dtype = torch.float32 if mode == "float32" else torch.bfloat16
     errors = gate(Case(labels, checks, partial(training.exact, setting, batch), dtype))

@@ -6,9 +6,8 @@
 
 namespace poolformer::cpu::POOLFORMER_ISA {
 
-constexpr int kRows = POOLFORMER_ROWS;  // kRows x 2 vectors of sums, 2 + 1 more: all registers
-constexpr int64_t kDepth =
-    320;  // steps of one sum; sums of parts have half the error of a long one
+constexpr int kRows = POOLFORMER_ROWS;  // with AVX2 kRows x 2 vectors of sums leave 4 registers
+constexpr int64_t kDepth = 320;  // steps of a sum; sums of parts have half the error of a long one
 
 // Keeps a vector that is used several times in a register: read anew by each use, it would take
 // more load units than there are.
