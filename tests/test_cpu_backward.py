@@ -209,6 +209,9 @@ def test_slopes_of_activations(act: str, capability: str) -> None:
     error = (slopes(act, grid).double() - exact).abs()
     assert error.max() <= 1e-6
     assert slopes(act, torch.tensor([float("nan")])).isnan() or act == "relu"
+    if act == "gelu":
+        ends = torch.tensor([-float("inf"), -20.0, 20.0, float("inf")])
+        assert slopes(act, ends).tolist() == [0, 0, 1, 1]
 
 
 def direct(op: str, **changes: Any) -> Any:
