@@ -50,10 +50,11 @@ def bench(
         for name in options.contenders:
             placed = Setting(setting.variant, "float32", layout, setting.device)
             trainer, data = Trainer(name, placed, mode), batch.placed(placed)
-            slack = 4 if "torch.compile" in name else 2  # it turns convolutions to channels_last
+            slack = 4 if name == "torch.compile" else 2  # it turns convolutions to channels_last
             checks.append(Contender(f"{name}, {layout}", partial(trainer.check, data), slack))
             steps.append(Contender(f"{name}, {layout}", partial(trainer.step, data)))
         errors |= gate(Case(labels, checks, lambda: exact, dtype))
+    steps.sort(key=lambda step: options.contenders.index(step.name.rsplit(", ", 1)[0]))
     with tqdm(total=len(steps) * options.rounds, unit=" steps", disable=None) as bar:
         samples = measure(steps, options.rounds, warmup=2, device=setting.device, tick=bar.update)
     baseline = statistics.median(samples[steps[0].name])
