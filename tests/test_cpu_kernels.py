@@ -67,6 +67,24 @@ def test_as_exact_as_eager(
         cases.assert_as_exact_as_eager([ours], eager, exact)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("vectors", [0, 1, 2, 3, 70])
+@pytest.mark.parametrize("columns", [1, 2, 3, 4, 5])
+def test_pixels_beyond_the_last_vector(
+    vectors: int, columns: int, dtype: torch.dtype, capability: str
+) -> None:
+    case = Case((1, 35, 1, 16 * vectors + columns), hidden=333)
+    x, params, options = arguments("mlp", case, "nchw", dtype)
+    ours = forward("mlp", x, params, **options)
+    exact = cases.oracle("mlp", x, params, **options)
+    if dtype == torch.float64:
+        torch.testing.assert_close(ours, exact[0], rtol=1e-12, atol=1e-12)
+    else:
+        eager = cases.run(reference.mlp, x, params, **options)
+        last = [[y[0][..., -columns:]] for y in ([ours], eager, exact)]
+        cases.assert_as_exact_as_eager(*last)
+
+
 @pytest.mark.parametrize("layout", ["sliced", "permuted", "expanded"])
 @pytest.mark.parametrize("case", CASES[3:5], ids=str)
 @pytest.mark.parametrize("op", OPS)

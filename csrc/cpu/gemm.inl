@@ -124,38 +124,84 @@ static void multiply_panels(int64_t rows, int64_t steps, int64_t panels, const F
   }
 }
 
-// out[i] (+)= sum over k of left[i][k] * column[k], for one pixel alone: the vectors run along k.
-template <class F, int kCount>
-static void multiply_column(int count, const F* left, int64_t stride, const F* column,
-                            int64_t depth, Acc<F>* out, int64_t out_stride, bool add) {
-  if constexpr (kCount > 1) {
-    if (count < kCount) {
-      return multiply_column<F, kCount - 1>(count, left, stride, column, depth, out, out_stride,
-                                            add);
+// out[i] = the sum of the lanes of sums[i].
+template <class A, int kCount>
+PF_INLINE void sum_each(const Vec<A> (&sums)[kCount], A (&out)[kCount]) {
+  constexpr int w = kLanes<A>;
+#pragma GCC unroll 4
+  for (int first = 0; first < kCount; first += w) {
+    Vec<A> block[w];
+#pragma GCC unroll 16
+    for (int i = 0; i < w; ++i) block[i] = first + i < kCount ? sums[first + i] : Vec<A>{};
+    transpose<A>(block);
+#pragma GCC unroll 4
+    for (int half = w / 2; half > 0; half /= 2) {
+#pragma GCC unroll 8
+      for (int i = 0; i < half; ++i) block[i] += block[i + half];
     }
+    memcpy(out + first, &block[0], smaller(w, kCount - first) * sizeof(A));
   }
+}
+
+// out[i][j] (+)= sum over k of left[i][k] * columns[j][k]: the vectors run along k.
+template <class F, int kCount, int kPixels>
+static __attribute__((noinline)) void multiply_columns(const F* left, int64_t stride,
+                                                       const F* columns, int64_t column_stride,
+                                                       int64_t depth, Acc<F>* out,
+                                                       int64_t out_stride, bool add) {
   using A = Acc<F>;
   constexpr int w = kLanes<A> * kStep<F>;
-  Vec<A> sums[kCount][2];
-#pragma GCC unroll 16
-  for (int i = 0; i < kCount; ++i) sums[i][0] = sums[i][1] = Vec<A>{};
+  Vec<A> sums[kCount * kPixels] = {};
   int64_t k = 0;
-  for (; k + 2 * w <= depth; k += 2 * w) {
-    Vec<A> first = load_factors(column + k), second = load_factors(column + k + w);
+  for (; k + w <= depth; k += w) {
+    Vec<A> in[kPixels];
+#pragma GCC unroll 4
+    for (int j = 0; j < kPixels; ++j) in[j] = load_factors(columns + j * column_stride + k);
 #pragma GCC unroll 16
     for (int i = 0; i < kCount; ++i) {
-      const F* row = left + i * stride + k;
-      sums[i][0] = add_product<F>(sums[i][0], load_factors(row), first);
-      sums[i][1] = add_product<F>(sums[i][1], load_factors(row + w), second);
+      Vec<A> row = load_factors(left + i * stride + k);
+#pragma GCC unroll 4
+      for (int j = 0; j < kPixels; ++j) {
+        sums[i * kPixels + j] = add_product<F>(sums[i * kPixels + j], row, in[j]);
+      }
     }
   }
+  A results[kCount * kPixels];
+  sum_each<A>(sums, results);
   for (int i = 0; i < kCount; ++i) {
-    Vec<A> both = sums[i][0] + sums[i][1];
-    A sum = 0;
-    for (int lane = 0; lane < kLanes<A>; ++lane) sum += both[lane];
-    for (int64_t j = k; j < depth; ++j) sum += load1(left + i * stride + j) * load1(column + j);
-    A* to = out + i * out_stride;
-    *to = add ? *to + sum : sum;
+    for (int j = 0; j < kPixels; ++j) {
+      A sum = results[i * kPixels + j];
+      for (int64_t rest = k; rest < depth; ++rest) {
+        sum += load1(left + i * stride + rest) * load1(columns + j * column_stride + rest);
+      }
+      A* to = out + i * out_stride + j;
+      *to = add ? *to + sum : sum;
+    }
+  }
+}
+
+// Pixels beyond a panel's vectors that are multiplied as columns instead of as one vector more.
+constexpr int kColumns = 4;
+
+template <class F, int kPixels>
+static void multiply_columns_of(int count, int pixels, const F* left, int64_t stride,
+                                const F* columns, int64_t column_stride, int64_t depth, Acc<F>* out,
+                                int64_t out_stride, bool add) {
+  if constexpr (kPixels > 1) {
+    if (pixels < kPixels) {
+      return multiply_columns_of<F, kPixels - 1>(count, pixels, left, stride, columns,
+                                                 column_stride, depth, out, out_stride, add);
+    }
+  }
+  constexpr int rows = kPixels > 2 ? kRows / 2 : kRows;  // their sums are kept in registers
+  int i = 0;
+  for (; i + rows <= count; i += rows) {
+    multiply_columns<F, rows, kPixels>(left + i * stride, stride, columns, column_stride, depth,
+                                       out + i * out_stride, out_stride, add);
+  }
+  for (; i < count; ++i) {
+    multiply_columns<F, 1, kPixels>(left + i * stride, stride, columns, column_stride, depth,
+                                    out + i * out_stride, out_stride, add);
   }
 }
 
@@ -163,8 +209,8 @@ static void multiply_column(int count, const F* left, int64_t stride, const F* c
 constexpr int64_t kGroup = POOLFORMER_GROUP;
 
 // Values that gemm needs beside its operands: rows that cannot be multiplied where they are, and
-// one pixel as a column.
-constexpr int64_t gemm_spare(int64_t depth) { return (kGroup * kRows + 1) * (depth + 1); }
+// the last pixels as columns.
+constexpr int64_t gemm_spare(int64_t depth) { return (kGroup * kRows + kColumns) * (depth + 1); }
 
 // Asks for rows that are needed soon, some lines at a time.
 class Ahead {
@@ -222,21 +268,25 @@ static void gemm(const T* weight, int64_t stride, int64_t rows, int64_t depth, c
                  int64_t out_stride, bool add, Acc<T>* spare) {
   using A = Acc<T>;
   using F = Factor<T>;
-  constexpr int n = kPanel<A>;
+  constexpr int n = kPanel<A>, w = kLanes<A>;
   constexpr int64_t most = kDepth * kStep<F>;
   F* memory = reinterpret_cast<F*>(spare);
-  F* column = memory + kGroup * kRows * (depth + 1);
-  for (int64_t k = 0; last_lanes == 1 && k < depth; ++k) {
-    column[k] = in[(panels - 1) * in_stride + place<F>(k, 0)];
+  F* columns = memory + kGroup * kRows * (depth + 1);
+  int last_columns = static_cast<int>(last_lanes % w);
+  if (last_columns > kColumns) last_columns = 0;
+  int64_t last_vectors = (last_lanes - last_columns + w - 1) / w;
+  for (int j = 0; j < last_columns; ++j) {
+    const F* last = in + (panels - 1) * in_stride + (last_vectors * w + j) * kStep<F>;
+    for (int64_t k = 0; k < depth; ++k) columns[j * depth + k] = last[place<F>(k, 0)];
   }
   for (int64_t r = 0; r < rows; r += kGroup * kRows) {
     int64_t group = smaller(rows - r, kGroup * kRows), left_stride = stride;
     const F* left = factors_of<T>(weight + r * stride, group, depth, left_stride, memory);
     // The next rows come from memory while these are multiplied.
     Ahead ahead(weight + (r + group) * stride, stride, smaller(rows - r - group, group), depth);
-    int64_t share = (ahead.left() + panels - 1) / panels;
+    int64_t turns = panels * ((depth + most - 1) / most) * ((group + kRows - 1) / kRows);
+    int64_t share = (ahead.left() + turns - 1) / turns;  // asked for at once, more would wait
     for (int64_t p = 0; p < panels; ++p) {
-      ahead.ask(share);
       A* to = out + p * out_stride + r * n;
       for (int64_t k = 0; k < depth; k += most) {
         int64_t size = smaller(depth - k, most), steps = steps_of<F>(size);
@@ -245,15 +295,18 @@ static void gemm(const T* weight, int64_t stride, int64_t rows, int64_t depth, c
         for (int64_t i = 0; i < group; i += kRows) {
           int count = static_cast<int>(smaller(group - i, kRows));
           const F* block = left + i * left_stride + k;
-          if (p + 1 < panels || last_lanes > kLanes<A>) {
+          ahead.ask(share);
+          int64_t vectors = p + 1 < panels ? 2 : last_vectors;
+          if (vectors == 2) {
             multiply_rows<false, F, kRows, 2>(count, block, left_stride, from, kPanelStep<F>, steps,
                                               to + i * n, n, more);
-          } else if (last_lanes > 1) {
+          } else if (vectors == 1) {
             multiply_rows<false, F, kRows, 1>(count, block, left_stride, from, kPanelStep<F>, steps,
                                               to + i * n, n, more);
-          } else {
-            multiply_column<F, kRows>(count, block, left_stride, column + k, size, to + i * n, n,
-                                      more);
+          }
+          if (p + 1 == panels && last_columns > 0) {
+            multiply_columns_of<F, kColumns>(count, last_columns, block, left_stride, columns + k,
+                                             depth, size, to + i * n + last_vectors * w, n, more);
           }
         }
       }
