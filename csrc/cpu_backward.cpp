@@ -64,19 +64,6 @@ void run_passes(const cpu::Image& in, int64_t tasks, First&& first, Between&& be
   }
 }
 
-// The sum of `count` rows of `columns`, in order.
-void add_rows(const double* rows, int64_t count, int64_t columns, double* sums) {
-  for (int64_t i = 0; i < count; ++i) {
-    for (int64_t c = 0; c < columns; ++c) sums[c] += rows[i * columns + c];
-  }
-}
-
-Tensor as_parameter(const std::vector<double>& values, const Tensor& x) {
-  Tensor exact = at::empty({static_cast<int64_t>(values.size())}, at::kDouble);
-  std::copy(values.begin(), values.end(), exact.mutable_data_ptr<double>());
-  return exact.to(x.scalar_type());
-}
-
 // dx, and the gradients of weight and bias, of a norm whose output has the gradient `dy`, of x's
 // type or (`accumulated`) the accumulation type. `residual`: what dx also gets, of x's type.
 void norm_backward(const cpu::Kernels& kernels, Backward& b, const OptionalTensor& weight,

@@ -104,6 +104,20 @@ inline void run_kernel(void (*kernel)(const Args&, int64_t, int64_t), const Args
   run(tasks, grain, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
 }
 
+// The sum of `count` rows of `columns`, in order.
+inline void add_rows(const double* rows, int64_t count, int64_t columns, double* sums) {
+  for (int64_t i = 0; i < count; ++i) {
+    for (int64_t c = 0; c < columns; ++c) sums[c] += rows[i * columns + c];
+  }
+}
+
+// Sums as a parameter's gradient, of x's type.
+inline Tensor as_parameter(const std::vector<double>& values, const Tensor& x) {
+  Tensor exact = at::empty({static_cast<int64_t>(values.size())}, at::kDouble);
+  std::copy(values.begin(), values.end(), exact.mutable_data_ptr<double>());
+  return exact.to(x.scalar_type());
+}
+
 inline void check_backend(const char* op, const std::string& backend) {
   TORCH_CHECK_VALUE(backend == "cpu", op, ": the tensors are on the CPU and backend is '", backend,
                     "'; this op runs backend 'cpu' there.");

@@ -161,6 +161,25 @@ struct PatchEmbedArgs {
   void* shared;  // (panels, depth, lanes), null with tiles
 
   int64_t depth() const { return in.channels * kernel[0] * kernel[1]; }
+  // Where a row of the weight has the channel c of a place in the window.
+  int64_t place(int64_t tap, int64_t c) const {
+    return weight_channels_last ? tap * in.channels + c : c * kernel[0] * kernel[1] + tap;
+  }
+};
+
+struct PatchEmbedBackwardArgs {
+  PatchEmbedArgs shape;   // of the forward; out is dy, and nothing is planned
+  void* input_gradient;   // like x
+  void* weight_gradient;  // like the weight, or null
+  // Set by patch_embed_backward_plan. dx: a task is one of the strips of an image's rows. The
+  // weight's gradient: a task is a part of the output's pixels, a group of the window's rows
+  // (`lines` of them) and a part of the output channels.
+  int64_t panels, strips, columns, lines, groups, pixel_parts, channel_parts;
+  bool in_place;  // products write the weight's gradient where it belongs
+  size_t factors_bytes, sums_bytes;
+  void* factors;        // the weight as products read it
+  void* sums;           // the weight's gradient, for each part of the pixels
+  double* column_sums;  // (pixel_parts, out.channels), of dy, added to
 };
 
 // Every function works on tasks [begin, end).
@@ -194,6 +213,12 @@ struct Kernels {
   void (*patch_embed_tiles)(const PatchEmbedArgs&, int64_t begin, int64_t end);  // tiles; else:
   void (*patch_embed_pack)(const PatchEmbedArgs&, int64_t begin, int64_t end);   // panels
   void (*patch_embed_rows)(const PatchEmbedArgs&, int64_t begin, int64_t end);   // blocks
+  void (*patch_embed_backward_plan)(PatchEmbedBackwardArgs&);
+  // panels; batch * strips; parts * groups * parts; output channels
+  void (*patch_embed_backward_pack)(const PatchEmbedBackwardArgs&, int64_t begin, int64_t end);
+  void (*patch_embed_backward_input)(const PatchEmbedBackwardArgs&, int64_t begin, int64_t end);
+  void (*patch_embed_backward_weight)(const PatchEmbedBackwardArgs&, int64_t begin, int64_t end);
+  void (*patch_embed_backward_finish)(const PatchEmbedBackwardArgs&, int64_t begin, int64_t end);
 };
 
 extern const Kernels kernels_default, kernels_avx2, kernels_avx512, kernels_avx512_bf16;

@@ -5,6 +5,7 @@
 #include "mlp.inl"
 #include "mlp_backward.inl"
 #include "patch_embed.inl"
+#include "patch_embed_backward.inl"
 #include "pool_mixer.inl"
 #include "pool_mixer_backward.inl"
 #include "statistics.inl"
@@ -45,6 +46,11 @@ extern const Kernels POOLFORMER_TABLE = {POOLFORMER_NAME,
                                          POOLFORMER_ISA::patch_embed_plan,
                                          POOLFORMER_ISA::patch_embed_tiles,
                                          POOLFORMER_ISA::patch_embed_pack,
-                                         POOLFORMER_ISA::patch_embed_rows};
+                                         POOLFORMER_ISA::patch_embed_rows,
+                                         POOLFORMER_ISA::patch_embed_backward_plan,
+                                         POOLFORMER_ISA::patch_embed_backward_pack,
+                                         POOLFORMER_ISA::patch_embed_backward_input,
+                                         POOLFORMER_ISA::patch_embed_backward_weight,
+                                         POOLFORMER_ISA::patch_embed_backward_finish};
 
 }  // namespace poolformer::cpu

@@ -28,7 +28,7 @@ struct MlpBackwardTile {
     int64_t row = padded(args.in.channels), hidden_row = padded(POOLFORMER_CHUNK);
     int64_t factors = kTileRows * (2 * row + kPaired * (2 * row + hidden_row));
     int64_t sums = kTileRows * (row + 2 * hidden_row + 1) + POOLFORMER_CHUNK +
-                   6 * args.in.channels + kLanes<A>;
+                   4 * args.in.channels + kLanes<A>;
     return factors * sizeof(F) + sums * sizeof(A);
   }
 
@@ -129,22 +129,6 @@ static void apply_slope(Activation activation, const MlpBackwardTile<F>& tile, i
                   [&](auto known) { slope_rows<known(), F>(tile, count, width, column_sums); });
 }
 
-// sums[c] += the sum of the column c of rows.
-template <class A>
-static void add_columns(const A* rows, int64_t stride, int64_t count, int64_t channels,
-                        double* sums) {
-  for_each_vector<A>(channels, [&](int64_t c, auto lanes) {
-    using V = decltype(lanes);
-    V sum = lanes;
-    for (int64_t i = 0; i < count; ++i) sum += load_as<V>(rows + i * stride + c);
-    if constexpr (std::is_same_v<V, A>) {
-      sums[c] += sum;
-    } else {
-      for (int i = 0; i < kLanes<A>; ++i) sums[c + i] += sum[i];
-    }
-  });
-}
-
 // Reads the rows [first, first + count): n, g = k dz and ka. Adds g's columns to `sums`, if given.
 template <class T, class F>
 static void read_tile(const MlpBackwardArgs& args, int64_t first, int64_t count, double* sums,
@@ -153,26 +137,25 @@ static void read_tile(const MlpBackwardArgs& args, int64_t first, int64_t count,
   const Image& in = args.in;
   int64_t channels = in.channels, stride = tile.stride;
   A *center = tile.coefficients, *scale = center + channels, *shift = scale + channels;
-  A *zeros = shift + channels, *factors = zeros + channels;
+  A* gain = shift + channels;
   A *normed = tile.sums_of(tile.normed), *gradient = tile.sums_of(tile.gradient);
   for_each_run(in, first, count, [&](const Run& run) {
     norm_coefficients<T>(in, run.image, args.mean, args.rstd, args.norm_weight, args.norm_bias,
                          center, scale, shift);
-    read_rows(in, as<T>(in.data), run, center, scale, shift, normed + run.lane * stride, stride);
+    read_rows(in, as<T>(in.data), run, normed + run.lane * stride, stride, [&](auto v, int64_t c) {
+      using V = decltype(v);
+      return (v - load_as<V>(center + c)) * load_as<V>(scale + c) + load_as<V>(shift + c);
+    });
     double ka = args.hidden_drop_path ? args.hidden_drop_path[run.image] : 1;
     for (int i = 0; i < run.count; ++i) tile.ka[run.lane + i] = static_cast<A>(ka);
   });
   tile.make_left(count, nullptr, tile.normed, tile.normed_columns);
   for_each_run(in, first, count, [&](const Run& run) {
-    double k = args.drop_path ? args.drop_path[run.image] : 1;
-    for (int64_t c = 0; c < channels; ++c) {
-      zeros[c] = 0;
-      factors[c] = static_cast<A>(k);
-    }
-    read_rows(in, as<T>(args.dz), run, zeros, factors, zeros, gradient + run.lane * stride, stride);
+    A k = args.drop_path ? static_cast<A>(args.drop_path[run.image]) : A(1);
+    read_rows(in, as<T>(args.dz), run, gradient + run.lane * stride, stride,
+              [&](auto v, int64_t) { return v * k; });
   });
   if (sums) add_columns(gradient, stride, count, channels, sums);
-  A* gain = factors + channels;
   load_all<T>(as<T>(args.layer_scale), gain, channels, A(1));
   std::fill(gain + channels, gain + round_up(channels, kLanes<A>), A(0));
   tile.make_left(count, args.layer_scale ? gain : nullptr, tile.gradient, tile.gradient_columns);

@@ -188,7 +188,7 @@ static void pack_pixels(const PatchEmbedArgs& args, int64_t first, int64_t last,
   Band band(args, pairs);
   for (int64_t tap = 0; tap < taps; ++tap) {
     for (int64_t c = 0; c < band.channels; ++c, ++i) {
-      places[i] = args.weight_channels_last ? i : c * taps + tap;
+      places[i] = pairs ? i : args.place(tap, c);
     }
   }
   A* data = std::is_same_v<F, A> || pairs ? panel : panel + depth * n;

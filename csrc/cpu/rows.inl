@@ -31,29 +31,25 @@ PF_INLINE int64_t last_lanes_of(const Image& in, int64_t panels) {
   return in.batch * in.pixels() - (panels - 1) * kPanel<A>;
 }
 
-// rows[i][c] = (x - center[c]) scale[c] + shift[c] for the pixels i of a run.
-template <class T>
-static void read_rows(const Image& in, const T* data, const Run& run, const Acc<T>* center,
-                      const Acc<T>* scale, const Acc<T>* shift, Acc<T>* rows, int64_t stride) {
+// rows[i][c] = change(x, c) for the pixels i of a run, where x is a vector or one value.
+template <class T, class F>
+PF_INLINE void read_rows(const Image& in, const T* data, const Run& run, Acc<T>* rows,
+                         int64_t stride, F&& change) {
   using A = Acc<T>;
   constexpr int w = kLanes<A>;
   int64_t channels = in.channels, pixels = in.pixels();
   const T* x = data + run.image * channels * pixels;
-  auto norm = [&](auto v, int64_t c) {
-    using V = decltype(v);
-    return (v - load_as<V>(center + c)) * load_as<V>(scale + c) + load_as<V>(shift + c);
-  };
   if (in.channels_last) {
     for (int64_t i = 0; i < run.count; ++i) {
       const T* from = x + (run.pixel + i) * channels;
       for_each_vector<A>(channels, [&](int64_t c, auto lanes) {
-        store_as(rows + i * stride + c, norm(load_as<decltype(lanes)>(from + c), c));
+        store_as(rows + i * stride + c, change(load_as<decltype(lanes)>(from + c), c));
       });
     }
     return;
   }
   auto one = [&](int64_t i, int64_t c) {
-    rows[i * stride + c] = norm(load1(x + c * pixels + run.pixel + i), c);
+    rows[i * stride + c] = change(load1(x + c * pixels + run.pixel + i), c);
   };
   int64_t c = 0;
   for (; c + w <= channels; c += w) {
@@ -65,7 +61,7 @@ static void read_rows(const Image& in, const T* data, const Run& run, const Acc<
       for (int j = 0; j < w; ++j) block[j] = load(from + j * pixels + i);
       transpose<A>(block);
 #pragma GCC unroll 16
-      for (int j = 0; j < w; ++j) store(rows + (i + j) * stride + c, norm(block[j], c));
+      for (int j = 0; j < w; ++j) store(rows + (i + j) * stride + c, change(block[j], c));
     }
     for (; i < run.count; ++i) {
       for (int j = 0; j < w; ++j) one(i, c + j);
@@ -76,16 +72,33 @@ static void read_rows(const Image& in, const T* data, const Run& run, const Acc<
   }
 }
 
-// Writes the rows of a run to a tensor of x's shape and layout.
+// Adds the columns of rows to sums.
 template <class A>
-static void write_rows_of_run(const Image& in, const A* rows, int64_t stride, const Run& run,
-                              A* data) {
+static void add_columns(const A* rows, int64_t stride, int64_t count, int64_t channels,
+                        double* sums) {
+  for_each_vector<A>(channels, [&](int64_t c, auto lanes) {
+    using V = decltype(lanes);
+    V sum = lanes;
+    for (int64_t i = 0; i < count; ++i) sum += load_as<V>(rows + i * stride + c);
+    if constexpr (std::is_same_v<V, A>) {
+      sums[c] += sum;
+    } else {
+      for (int i = 0; i < kLanes<A>; ++i) sums[c + i] += sum[i];
+    }
+  });
+}
+
+// Writes the rows of a run to a tensor of x's shape and layout.
+template <class T>
+static void write_rows_of_run(const Image& in, const Acc<T>* rows, int64_t stride, const Run& run,
+                              T* data) {
+  using A = Acc<T>;
   constexpr int w = kLanes<A>;
   int64_t channels = in.channels, pixels = in.pixels();
-  A* to = data + run.image * channels * pixels;
+  T* to = data + run.image * channels * pixels;
   if (in.channels_last) {
     for (int64_t i = 0; i < run.count; ++i) {
-      A* row = to + (run.pixel + i) * channels;
+      T* row = to + (run.pixel + i) * channels;
       for_each_vector<A>(channels, [&](int64_t c, auto lanes) {
         store_as(row + c, load_as<decltype(lanes)>(rows + i * stride + c));
       });
@@ -104,12 +117,14 @@ static void write_rows_of_run(const Image& in, const A* rows, int64_t stride, co
       for (int j = 0; j < w; ++j) store(to + (c + j) * pixels + run.pixel + i, block[j]);
     }
     for (; i < run.count; ++i) {
-      for (int j = 0; j < w; ++j) to[(c + j) * pixels + run.pixel + i] = rows[i * stride + c + j];
+      for (int j = 0; j < w; ++j) {
+        store1(to + (c + j) * pixels + run.pixel + i, rows[i * stride + c + j]);
+      }
     }
   }
   for (; c < channels; ++c) {
     for (int64_t i = 0; i < run.count; ++i) {
-      to[c * pixels + run.pixel + i] = rows[i * stride + c];
+      store1(to + c * pixels + run.pixel + i, rows[i * stride + c]);
     }
   }
 }

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
-from .. import _extension, reference
+from .. import reference
 from ..backends import requested, resolve
 from . import _common as common
 
@@ -39,18 +39,34 @@ common.register_fake("patch_embed_fwd", _fake_forward)
 _forward_op = torch.ops.poolformer_kernels.patch_embed_fwd.default
 
 
-# Where the CPU has no 16-bit products, PyTorch's convolution backward in them takes ten times as
-# long as in float32.
-_module: Any = _extension.load()
-_SLOW_DTYPES = tuple(
-    dtype
-    for dtype, name in ((torch.bfloat16, "native_bf16"), (torch.float16, "native_fp16"))
-    if _module is not None and not getattr(_module, name)()
+common.define(
+    "patch_embed_bwd(Tensor dy, Tensor x, Tensor weight, int[2] stride, int[2] padding, "
+    "bool[3] wanted, str backend) -> (Tensor, Tensor, Tensor)"
 )
 
 
+def _fake_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    stride: list[int],
+    padding: list[int],
+    wanted: list[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx, dweight = (
+        common.empty_like_op_output(t) if want else t.new_empty(0)
+        for t, want in zip((x, weight), wanted, strict=False)
+    )
+    return dx, dweight, x.new_empty(weight.shape[0] if wanted[2] else 0)
+
+
+common.register_fake("patch_embed_bwd", _fake_backward)
+_backward_op = torch.ops.poolformer_kernels.patch_embed_bwd.default
+
+
 class PatchEmbedFunction(common.KernelFunction):
-    """Autograd of `patch_embed`: its forward is a kernel, its backward PyTorch's. Saves x."""
+    """Autograd of `patch_embed`. Saves x; gradients that are differentiated are PyTorch's."""
 
     @staticmethod
     def forward(*args: Any) -> Tensor:
@@ -58,31 +74,21 @@ class PatchEmbedFunction(common.KernelFunction):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, bias, ctx.stride, ctx.padding, _ = inputs
+        x, weight, bias, ctx.stride, ctx.padding, ctx.backend = inputs
         ctx.save_for_backward(x, weight)
         ctx.bias_size = None if bias is None else [weight.shape[0]]
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        dtype = torch.float32 if x.dtype in _SLOW_DTYPES else x.dtype
-        wanted = list(ctx.needs_input_grad[:3])
-        grads = torch.ops.aten.convolution_backward(
-            dy.to(dtype),
-            x.to(dtype),
-            weight.to(dtype),
-            ctx.bias_size,
-            ctx.stride,
-            ctx.padding,
-            [1, 1],
-            False,
-            [0, 0],
-            1,
-            wanted,
-        )
-        return *(g.to(x.dtype) if w else None for g, w in zip(grads, wanted, strict=True)), *(
-            None,
-        ) * 3
+        wanted, geometry = list(ctx.needs_input_grad[:3]), (ctx.stride, ctx.padding)
+        if torch.is_grad_enabled():
+            grads = torch.ops.aten.convolution_backward(
+                dy, x, weight, ctx.bias_size, *geometry, [1, 1], False, [0, 0], 1, wanted
+            )
+        else:
+            grads = _backward_op(dy, x, weight, *geometry, wanted, ctx.backend)
+        return *(g if w else None for g, w in zip(grads, wanted, strict=True)), *(None,) * 3
 
 
 def patch_embed(
@@ -96,7 +102,7 @@ def patch_embed(
 ) -> Tensor:
     """y = conv2d(x, weight, bias, stride, padding), PoolFormer's stem and downsampling.
 
-    GPU backends leave it to PyTorch. The backward is PyTorch's everywhere.
+    GPU backends leave it to PyTorch. Second derivatives are PyTorch's everywhere.
 
     Args:
         x: (B, C_in, H, W), NCHW or channels_last, float32, bfloat16, float16 or float64.
