@@ -31,11 +31,10 @@ struct Backward {
 
   Backward(const Tensor& gradient, const Tensor& x, const Tensor& saved)
       : t(x, saved.size(1)), gradient(gradient.contiguous(t.format)) {
-    Tensor exact = saved.to(at::kDouble).contiguous();
-    const double* p = exact.const_data_ptr<double>();
-    for (int64_t i = 0; i < exact.numel(); i += 2) {
-      mean.push_back(p[i]);
-      rstd.push_back(p[i + 1]);
+    std::vector<double> values = values_of(saved);
+    for (size_t i = 0; i < values.size(); i += 2) {
+      mean.push_back(values[i]);
+      rstd.push_back(values[i + 1]);
     }
   }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 
 #include <algorithm>
@@ -53,17 +54,27 @@ class Contiguous {
   Tensor tensor_;
 };
 
+// The values of a tensor in order. Small ones: PyTorch would take microseconds for a conversion.
+inline std::vector<double> values_of(const Tensor& t) {
+  Tensor dense = t.contiguous();
+  std::vector<double> values(dense.numel());
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, dense.scalar_type(), "values_of", [&] {
+    const scalar_t* from = dense.const_data_ptr<scalar_t>();
+    for (size_t i = 0; i < values.size(); ++i) values[i] = static_cast<double>(from[i]);
+  });
+  return values;
+}
+
 class Factors {
  public:
-  explicit Factors(const OptionalTensor& t) {
-    if (t) tensor_ = t->to(at::kDouble).contiguous();
+  explicit Factors(const OptionalTensor& t) : given_(t.has_value()) {
+    if (t) values_ = values_of(*t);
   }
-  const double* data() const {
-    return tensor_.defined() ? tensor_.const_data_ptr<double>() : nullptr;
-  }
+  const double* data() const { return given_ ? values_.data() : nullptr; }
 
  private:
-  Tensor tensor_;
+  bool given_;
+  std::vector<double> values_;
 };
 
 // Calls f(begin, end) to cover [0, tasks), `grain` or more at a time. A thread begins with its
@@ -113,9 +124,12 @@ inline void add_rows(const double* rows, int64_t count, int64_t columns, double*
 
 // Sums as a parameter's gradient, of x's type.
 inline Tensor as_parameter(const std::vector<double>& values, const Tensor& x) {
-  Tensor exact = at::empty({static_cast<int64_t>(values.size())}, at::kDouble);
-  std::copy(values.begin(), values.end(), exact.mutable_data_ptr<double>());
-  return exact.to(x.scalar_type());
+  Tensor result = at::empty({static_cast<int64_t>(values.size())}, x.options());
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "as_parameter", [&] {
+    scalar_t* to = result.mutable_data_ptr<scalar_t>();
+    for (size_t i = 0; i < values.size(); ++i) to[i] = static_cast<scalar_t>(values[i]);
+  });
+  return result;
 }
 
 inline void check_backend(const char* op, const std::string& backend) {
