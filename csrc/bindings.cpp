@@ -125,7 +125,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mlp_fwd(
     const OptionalTensor& norm_bias, const Tensor& fc1_weight, const OptionalTensor& fc1_bias,
     const Tensor& fc2_weight, const OptionalTensor& fc2_bias, const OptionalTensor& layer_scale,
     const OptionalTensor& drop_path, const OptionalTensor& hidden_drop_path, std::string act,
-    int64_t num_groups, double eps, bool return_stats, bool save_hidden, std::string backend) {
+    int64_t num_groups, double eps, bool return_stats, bool save_hidden, std::string backend,
+    std::optional<at::ScalarType> product) {
   const char* op = "mlp";
   check_backend(op, backend);
   check_input(op, x, num_groups, eps);
@@ -141,7 +142,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mlp_fwd(
       b2(fc2_bias), scale(layer_scale);
   Factors k(drop_path), ka(hidden_drop_path);
   cpu::MlpArgs args{};
-  args.in = t.image, args.out = t.out.mutable_data_ptr(), args.weights = dtype_of(fc1_weight);
+  args.in = t.image, args.out = t.out.mutable_data_ptr(),
+  args.rounded_weights = rounds_weights(op, product, x);
   args.norm_weight = gamma.data(), args.norm_bias = beta.data();
   args.mean = moments.mean.data(), args.rstd = moments.rstd.data();
   args.fc1_weight = w1.data(), args.fc1_bias = b1.data();
@@ -149,9 +151,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mlp_fwd(
   args.layer_scale = scale.data(), args.drop_path = k.data(), args.hidden_drop_path = ka.data();
   args.hidden = hidden;
   args.activation = activation;
-  Tensor kept = at::empty({0}, fc1_weight.options());  // without it, the backward recomputes it
+  auto options = x.options().dtype(product.value_or(x.scalar_type()));
+  Tensor kept = at::empty({0}, options);  // without it, the backward recomputes it
   if (save_hidden) {
-    kept = at::empty({x.size(0), x.size(2), x.size(3), hidden}, fc1_weight.options());
+    kept = at::empty({x.size(0), x.size(2), x.size(3), hidden}, options);
     args.kept = kept.mutable_data_ptr();
   }
   Partials partials = run_mlp(kernels, args, return_stats);

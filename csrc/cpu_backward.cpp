@@ -168,14 +168,14 @@ std::tuple<Tensor, Tensor, Tensor> pool_mixer_bwd(const Tensor& dy, const Tensor
   return {b.t.out, as_parameter(dnorm_weight, x), as_parameter(dscale, x)};
 }
 
-// What the forward kept for the backward: fc1's result, of the weights' dtype.
-void check_kept(const char* op, const Tensor& kept, const Tensor& x, const Tensor& fc1_weight) {
+// What the forward kept for the backward: fc1's result, of the products' dtype.
+void check_kept(const char* op, const Tensor& kept, const Tensor& x, const Tensor& fc1_weight,
+                at::ScalarType product) {
   int64_t shape[] = {x.size(0), x.size(2), x.size(3), fc1_weight.size(0)};
   TORCH_CHECK_VALUE(kept.sizes() == at::IntArrayRef(shape), op, ": hidden has shape ", kept.sizes(),
                     "; it has to be ", at::IntArrayRef(shape), ".");
-  TORCH_CHECK_TYPE(kept.scalar_type() == fc1_weight.scalar_type(), op, ": hidden is ",
-                   kept.scalar_type(), " and fc1_weight is ", fc1_weight.scalar_type(),
-                   "; the backward needs what the forward kept.");
+  TORCH_CHECK_TYPE(kept.scalar_type() == product, op, ": hidden is ", kept.scalar_type(),
+                   " and products are of ", product, "; the backward needs what the forward kept.");
   check_device(op, "hidden", kept, x);
 }
 
@@ -184,14 +184,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mlp_b
     const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, const Tensor& fc1_weight,
     const OptionalTensor& fc1_bias, const Tensor& fc2_weight, const OptionalTensor& fc2_bias,
     const OptionalTensor& layer_scale, const OptionalTensor& drop_path,
-    const OptionalTensor& hidden_drop_path, std::string act, std::string backend) {
+    const OptionalTensor& hidden_drop_path, std::string act, std::string backend,
+    std::optional<at::ScalarType> product) {
   const char* op = "mlp";
   check_backend(op, backend);
   check_input(op, x, check_backward(op, dz, x, saved), 0);
   int64_t hidden = check_mlp(op, x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight,
                              fc2_bias, layer_scale, drop_path, hidden_drop_path);
   bool keeps = kept && kept->numel() > 0;
-  if (keeps) check_kept(op, *kept, x, fc1_weight);
+  if (keeps) check_kept(op, *kept, x, fc1_weight, product.value_or(x.scalar_type()));
 
   const auto& kernels = cpu::kernels();
   Backward b(dz, x, saved);
@@ -205,7 +206,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mlp_b
   Tensor dfc2 = at::empty(fc2_weight.sizes(), fc2_weight.options());
   cpu::MlpBackwardArgs args{};
   args.in = in, args.dz = b.gradient.const_data_ptr(), args.kept = hidden_rows.data();
-  args.weights = dtype_of(fc1_weight);
+  args.rounded_weights = rounds_weights(op, product, x);
   args.norm_weight = gamma.data(), args.norm_bias = beta.data();
   args.mean = b.mean.data(), args.rstd = b.rstd.data();
   args.fc1_weight = w1.data(), args.fc1_bias = b1.data(), args.fc2_weight = w2.data();

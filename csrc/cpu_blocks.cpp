@@ -78,7 +78,7 @@ Tensor blocks_fwd(const Tensor& x, const c10::List<OptionalTensor>& parameters, 
     Contiguous gamma2(p[kNorm2Weight]), beta2(p[kNorm2Bias]), w1(p[kFc1Weight]), b1(p[kFc1Bias]),
         w2(p[kFc2Weight]), b2(p[kFc2Bias]), scale2(p[kLayerScale2]);
     cpu::MlpArgs second{};
-    second.in = image, second.in.data = y, second.out = z, second.weights = image.dtype;
+    second.in = image, second.in.data = y, second.out = z;
     second.norm_weight = gamma2.data(), second.norm_bias = beta2.data();
     second.mean = after.mean.data(), second.rstd = after.rstd.data();
     second.fc1_weight = w1.data(), second.fc1_bias = b1.data();

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -141,26 +142,23 @@ inline Activation cpu_activation_of(const char* op, const std::string& act) {
   return act == "relu2" ? cpu::kReluSquared : activation_of(op, act);
 }
 
-// A weight of the MLP: (rows, columns) or (rows, columns, 1, 1), of x's dtype, or both of bfloat16
-// beside a float32 x, where products of bfloat16 are native.
-inline void check_weight(const char* op, const char* name, const Tensor& t,
-                         const Tensor& fc1_weight, int64_t rows, int64_t columns, const Tensor& x) {
+// A weight of the MLP: (rows, columns) or (rows, columns, 1, 1).
+inline void check_weight(const char* op, const char* name, const Tensor& t, int64_t rows,
+                         int64_t columns, const Tensor& x) {
   int64_t shape[] = {rows, columns, 1, 1};
-  at::IntArrayRef wanted(shape, t.dim() == 4 ? 4 : 2);
-  if (t.scalar_type() == x.scalar_type() && fc1_weight.scalar_type() == x.scalar_type()) {
-    return check_parameter(op, name, t, wanted, x);
-  }
-  bool mixed = x.scalar_type() == at::kFloat && t.scalar_type() == at::kBFloat16 &&
-               fc1_weight.scalar_type() == at::kBFloat16;
+  check_parameter(op, name, t, at::IntArrayRef(shape, t.dim() == 4 ? 4 : 2), x);
+}
+
+// Whether the MLP's weights are float32 that products take as bfloat16.
+inline bool rounds_weights(const char* op, std::optional<at::ScalarType> product, const Tensor& x) {
+  if (!product || *product == x.scalar_type()) return false;
   const auto& kernels = cpu::kernels();
-  TORCH_CHECK_TYPE(mixed && kernels.native_bf16, op, ": ", name, " is ", t.scalar_type(),
-                   ", fc1_weight ", fc1_weight.scalar_type(), " and x ", x.scalar_type(),
-                   "; weights have to be of x's dtype or, beside a float32 x and with kernels that "
-                   "multiply bfloat16 natively (these are ",
-                   kernels.name, "), both of bfloat16.");
-  TORCH_CHECK_VALUE(t.sizes() == wanted, op, ": ", name, " has shape ", t.sizes(), "; x of shape ",
-                    x.sizes(), " needs ", wanted, ".");
-  check_device(op, name, t, x);
+  TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat && *product == at::kBFloat16, op, ": product is ",
+                   *product, " and x is ", x.scalar_type(),
+                   "; it has to be x's dtype or, beside float32, bfloat16.");
+  TORCH_CHECK_TYPE(kernels.native_bf16, op, ": product is ", *product, ", which these kernels (",
+                   kernels.name, ") do not multiply natively; leave it out.");
+  return true;
 }
 
 // Checks the parameters of the MLP; returns its hidden channels.
@@ -172,8 +170,8 @@ inline int64_t check_mlp(const char* op, const Tensor& x, const OptionalTensor& 
   int64_t channels = x.size(1), hidden = fc1_weight.dim() ? fc1_weight.size(0) : 0;
   TORCH_CHECK_VALUE(hidden > 0, op, ": fc1_weight has shape ", fc1_weight.sizes(),
                     "; it has to be (hidden, ", channels, ") with hidden >= 1.");
-  check_weight(op, "fc1_weight", fc1_weight, fc1_weight, hidden, channels, x);
-  check_weight(op, "fc2_weight", fc2_weight, fc1_weight, channels, hidden, x);
+  check_weight(op, "fc1_weight", fc1_weight, hidden, channels, x);
+  check_weight(op, "fc2_weight", fc2_weight, channels, hidden, x);
   check_parameter(op, "norm_weight", norm_weight, {channels}, x);
   check_parameter(op, "norm_bias", norm_bias, {channels}, x);
   check_parameter(op, "fc1_bias", fc1_bias, {hidden}, x);

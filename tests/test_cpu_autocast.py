@@ -9,9 +9,10 @@ import cases
 import pytest
 import torch
 from cases import Case
-from torch import Tensor
+from torch import Tensor, nn
 
 import poolformer_kernels as pk
+from benchmarks.saved_bytes import saved_storages
 from poolformer_kernels import _extension, reference
 
 C = _extension.load()
@@ -113,28 +114,60 @@ native = pytest.mark.skipif(
 )
 
 
+PRODUCT: dict[str, Any] = {"product": torch.bfloat16}
+
+
 def direct(keeps: bool) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """Arguments of mlp_fwd and of mlp_bwd: x float32, the weights bfloat16."""
+    """Arguments of mlp_fwd and of mlp_bwd with products of bfloat16, all float32."""
     x, params, dz, options = arguments(Case((2, 9, 6, 5), drop=True, hidden=13), "nchw")
-    weights = [None if p is None else p.bfloat16() if p.dim() > 1 else p for p in params]
     factors = options["drop_path"], options["hidden_drop_path"]
-    forward = (x, None, *weights, *factors, "gelu", 1, 1e-5, False, keeps, "cpu")
-    _, saved, _, hidden = torch.ops.poolformer_kernels.mlp_fwd(*forward)
-    return forward, (dz, x, saved, hidden if keeps else None, *weights, *factors, "gelu", "cpu")
+    forward = (x, None, *params, *factors, "gelu", 1, 1e-5, False, keeps, "cpu")
+    _, saved, _, hidden = torch.ops.poolformer_kernels.mlp_fwd(*forward, **PRODUCT)
+    assert hidden.dtype == torch.bfloat16 and (hidden.numel() > 0) == keeps
+    return forward, (dz, x, saved, hidden if keeps else None, *params, *factors, "gelu", "cpu")
 
 
 @native
 @pytest.mark.parametrize("keeps", [False, True])
-def test_dtypes_of_the_op_beside_weights_of_bfloat16(keeps: bool) -> None:
+def test_the_op_with_products_of_bfloat16(keeps: bool) -> None:
     forward, backward = direct(keeps)
     ops = torch.ops.poolformer_kernels
-    torch.library.opcheck(ops.mlp_fwd.default, forward)
-    torch.library.opcheck(ops.mlp_bwd.default, backward)
-    gradients = ops.mlp_bwd(*backward)
-    inputs = (forward[0], *forward[2:9])
-    assert [g.dtype for g in gradients] == [t.dtype for t in inputs]
-    with pytest.raises(TypeError, match="hidden is Float and fc1_weight is BFloat16"):
-        ops.mlp_bwd(*backward[:3], torch.ones(2, 6, 5, 13), *backward[4:])
+    torch.library.opcheck(ops.mlp_fwd.default, forward, PRODUCT)
+    torch.library.opcheck(ops.mlp_bwd.default, backward, PRODUCT)
+    gradients = ops.mlp_bwd(*backward, **PRODUCT)
+    assert all(g.dtype == torch.float32 for g in gradients)
+    with pytest.raises(TypeError, match="hidden is Float and products are of BFloat16"):
+        ops.mlp_bwd(*backward[:3], torch.ones(2, 6, 5, 13), *backward[4:], **PRODUCT)
+
+
+def test_products_that_the_kernels_lack_are_refused(capability: str) -> None:
+    x, params, _, _ = arguments(Case((2, 9, 6, 5), hidden=13), "nchw")
+    op = torch.ops.poolformer_kernels.mlp_fwd
+    rest = (None, None, "gelu", 1, 1e-5, False, False, "cpu")
+    with pytest.raises(TypeError, match="product is Half and x is Float"):
+        op(x, None, *params, *rest, product=torch.float16)
+    if capability != "avx512_bf16":
+        with pytest.raises(TypeError, match=rf"these kernels \({capability}\) do not multiply"):
+            op(x, None, *params, *rest, **PRODUCT)
+
+
+@native
+def test_weights_gradients_are_not_rounded() -> None:
+    x, params, dz, _ = arguments(Case((2, 40, 14, 14)), "channels_last")
+    with torch.autocast("cpu", torch.bfloat16):
+        _, _, _, _, dfc1, *_ = cases.run(pk.mlp, x, params, dz, backend="cpu")
+    assert not torch.equal(dfc1, dfc1.bfloat16().float())
+
+
+@native
+def test_autocast_copies_no_weight() -> None:
+    case = Case((1, 24, 5, 5))
+    x = torch.randn(case.shape, requires_grad=True)
+    parameters = [nn.Parameter(p) for p in cases.parameters("mlp", case, x.dtype) if p is not None]
+    model = nn.ParameterList(parameters)
+    with torch.autocast("cpu", torch.bfloat16), saved_storages(model) as saved:
+        pk.mlp(x, *parameters, backend="cpu")
+    assert sum(s.nbytes() for s in saved.values()) < x.nbytes + 100
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])

@@ -141,23 +141,34 @@ def test_the_kept_hidden_is_what_the_backward_reads(
 
 
 @pytest.mark.parametrize(
-    ("channels", "autocast", "kept"), [(64, False, False), (256, False, True), (256, True, False)]
+    ("channels", "autocast", "kept"),
+    [
+        (64, False, False),
+        (256, False, True),
+        (320, True, False),
+        (384, True, C.cpu_multiplies_bf16()),
+    ],
 )
 def test_where_the_hidden_is_kept_unasked(channels: int, autocast: bool, kept: bool) -> None:
     x = torch.randn(1, channels, 3, 3, requires_grad=True)
     parameters = cases.parameters("mlp", Case(tuple(x.shape)), torch.float32)
     with torch.autocast("cpu", enabled=autocast), saved_storages(nn.Module()) as saved:
         pk.mlp(x, *parameters, backend="cpu")
-    hidden = x.numel() * 4 * x.element_size()
+    hidden = x.numel() * 4 * (2 if autocast else 4)
     assert (hidden in [storage.nbytes() for storage in saved.values()]) == kept
 
 
-def test_training_keeps_less_than_a_third_of_what_eager_does() -> None:
+@pytest.mark.parametrize("autocast", [False, True])
+def test_training_keeps_less_than_a_third_of_what_eager_does(autocast: bool) -> None:
     sizes = []
     for backend in ("torch", "cpu"):
         model = pk.PoolFormerForImageClassification(pk.PoolFormerConfig.from_variant("s12"))
-        with pk.use_backend(backend), saved_storages(model) as saved:
-            model.train()(torch.randn(1, 3, 64, 64))
+        with (
+            pk.use_backend(backend),
+            saved_storages(model) as saved,
+            torch.autocast("cpu", enabled=autocast),
+        ):
+            model.train()(torch.randn(8, 3, 128, 128))
         sizes.append(sum(storage.nbytes() for storage in saved.values()))
     assert 0 < sizes[1] < sizes[0] / 3
 

@@ -16,9 +16,17 @@ template <>
 struct FactorOf<bf16> {
   using type = bf16;
 };
+template <>
+struct FactorOf<rounded> {
+  using type = bf16;
+};
 #endif
 template <class T>
 using Factor = typename FactorOf<T>::type;
+
+// What the forward keeps of the hidden for the backward.
+template <class T>
+using Kept = std::conditional_t<std::is_same_v<T, rounded>, bf16, T>;
 
 // Calls f with null pointers of x's type and of the weights'.
 template <class Args, class F>
@@ -26,7 +34,7 @@ PF_INLINE void with_types(const Args& args, F&& f) {
   with_type(args.in.dtype, [&](auto* x) {
 #if defined(POOLFORMER_BF16)
     if constexpr (std::is_same_v<decltype(x), float*>) {
-      if (args.weights == Dtype::kBFloat16) return f(x, static_cast<bf16*>(nullptr));
+      if (args.rounded_weights) return f(x, static_cast<rounded*>(nullptr));
     }
 #endif
     f(x, x);
@@ -104,6 +112,27 @@ PF_INLINE void store_rows(bf16* to, int64_t stride, Vec<float> first, Vec<float>
                       _mm512_maskz_extracti64x4_epi64(0xff, both, 1));
 }
 #endif
+
+// Values in order as factors, zeros up to the end of the last step.
+template <class T>
+PF_INLINE void make_row(const T* from, int64_t count, Factor<T>* to) {
+  using F = Factor<T>;
+  int64_t i = 0;
+#if defined(POOLFORMER_BF16)
+  if constexpr (std::is_same_v<T, rounded>) {
+    constexpr int w = kLanes<float>;
+    for (; i + 2 * w <= count; i += 2 * w) {
+      store_raw<float, w>(to + i, in_order(load(from + i), load(from + i + w)));
+    }
+  }
+#endif
+  if constexpr (std::is_same_v<F, Acc<T>>) {
+    load_all<T>(from, to, count, F(0));
+  } else {
+    for (; i < count; ++i) store1(to + i, load1(from + i));
+  }
+  std::fill(to + count, to + steps_of<F>(count) * kStep<F>, F{});
+}
 
 // The step that begins with k, of get(k), and get(k + 1) where that is before the end.
 template <class F, class Get>

@@ -248,14 +248,7 @@ static const Factor<T>* factors_of(const T* rows, int64_t count, int64_t depth, 
     if (depth % kStep<F> == 0) return rows;
   }
   int64_t wide = steps_of<F>(depth) * kStep<F>;
-  for (int64_t i = 0; i < count; ++i) {
-    F* to = spare + i * wide;
-    if constexpr (std::is_same_v<T, F>) {
-      std::fill(std::copy_n(rows + i * stride, depth, to), to + wide, F{});
-    } else {
-      load_all<T>(rows + i * stride, to, depth, F(0));
-    }
-  }
+  for (int64_t i = 0; i < count; ++i) make_row<T>(rows + i * stride, depth, spare + i * wide);
   stride = wide;
   return spare;
 }

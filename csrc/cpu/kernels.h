@@ -98,7 +98,7 @@ struct PoolMixerBackwardArgs {
 struct MlpArgs {
   Image in;
   void* out;
-  Dtype weights;  // of both, and of `kept`: x's, or bfloat16 beside float32 where they are native
+  bool rounded_weights;  // float32 x and weights: products and `kept` are of bfloat16, natively
   const void *norm_weight, *norm_bias;         // (channels) or null
   const double *mean, *rstd;                   // (batch, groups)
   const void* fc1_weight;                      // (hidden, channels)
@@ -123,7 +123,7 @@ struct MlpArgs {
 struct MlpBackwardArgs {
   Image in;  // x
   const void* dz;
-  Dtype weights;                               // of both, as in MlpArgs
+  bool rounded_weights;                        // as in MlpArgs
   const void* kept;                            // (batch * pixels, hidden), fc1's result, or null
   const void *norm_weight, *norm_bias;         // (channels) or null
   const double *mean, *rstd;                   // (batch, groups)

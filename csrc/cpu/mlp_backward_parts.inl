@@ -69,6 +69,9 @@ static void mlp_backward_plan(MlpBackwardArgs& args) {
 // A vector of steps along a row of a weight.
 template <class T>
 PF_INLINE Vec<Acc<T>> load_steps(const T* p) {
+#if defined(POOLFORMER_BF16)
+  if constexpr (std::is_same_v<T, rounded>) return in_order(load(p), load(p + kLanes<float>));
+#endif
   if constexpr (kStep<Factor<T>> == 1) return load(p);
   return load_raw<Acc<T>, kLanes<Acc<T>>>(p);
 }

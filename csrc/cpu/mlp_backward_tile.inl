@@ -166,10 +166,11 @@ template <class W>
 static void read_kept(const MlpBackwardArgs& args, int64_t first, int64_t count, int64_t at,
                       const MlpBackwardTile<Factor<W>>& tile) {
   using A = Acc<W>;
+  using K = Kept<W>;
   int64_t size = smaller(tile.chunk, args.hidden - at);
   for (int64_t i = 0; i < count; ++i) {
     A* row = tile.hidden + i * tile.hidden_stride;
-    load_all<W>(as<W>(args.kept) + (first + i) * args.hidden + at, row, size, A(0));
+    load_all<K>(as<K>(args.kept) + (first + i) * args.hidden + at, row, size, A(0));
     for (int64_t j = size; j < round_up(size, kPanel<A>); ++j) row[j] = 0;
   }
 }

@@ -181,7 +181,7 @@ static void hidden_rows(const MlpArgs& args, int64_t start, int64_t size, const 
   for (int64_t p = 0; p < panels; ++p) {
     int64_t lanes = p + 1 < panels ? n : last_lanes;
     const A* from = h.data + p * h.distance;
-    if (args.kept) keep_hidden<W>(args, first + p * n, lanes, start, size, from, bias);
+    if (args.kept) keep_hidden<Kept<W>>(args, first + p * n, lanes, start, size, from, bias);
     activate_panel<F>(args.activation, from, bias, size, lanes, hidden.data + p * hidden.distance);
   }
 }

@@ -15,6 +15,9 @@ struct bf16 {
 struct f16 {
   uint16_t bits;
 };
+struct rounded {  // a float that products take as bfloat16
+  float value;
+};
 
 constexpr int kBytes = POOLFORMER_VECTOR_BYTES;
 
@@ -130,7 +133,7 @@ template <class T>
 PF_INLINE Vec<Acc<T>> load(const T* p) {
   constexpr int n = kLanes<Acc<T>>;
   if constexpr (sizeof(T) > 2) {
-    return load_raw<T, n>(p);
+    return load_raw<Acc<T>, n>(p);
   } else {
     using U = typename VectorOf<uint32_t, n>::type;
 #if defined(POOLFORMER_F16C)
@@ -146,7 +149,7 @@ template <class T>
 PF_INLINE void store(T* p, Vec<Acc<T>> value) {
   constexpr int n = kLanes<Acc<T>>;
   if constexpr (sizeof(T) > 2) {
-    store_raw<T, n>(p, value);
+    store_raw<Acc<T>, n>(p, value);
   } else {
     using U = typename VectorOf<uint32_t, n>::type;
     using H = typename VectorOf<uint16_t, n>::type;
@@ -167,14 +170,16 @@ template <class T>
 PF_INLINE Acc<T> load1(const T* p) {
   if constexpr (std::is_same_v<T, bf16>) return bf16_to_float<float, uint32_t>(p->bits);
   if constexpr (std::is_same_v<T, f16>) return half_to_float<float, uint32_t>(p->bits);
-  if constexpr (sizeof(T) > 2) return *p;
+  if constexpr (std::is_same_v<T, rounded>) return p->value;
+  if constexpr (std::is_same_v<T, Acc<T>>) return *p;
 }
 
 template <class T>
 PF_INLINE void store1(T* p, Acc<T> value) {
   if constexpr (std::is_same_v<T, bf16>) p->bits = float_to_bf16<float, uint32_t>(value);
   if constexpr (std::is_same_v<T, f16>) p->bits = float_to_half<float, uint32_t>(value);
-  if constexpr (sizeof(T) > 2) *p = value;
+  if constexpr (std::is_same_v<T, rounded>) p->value = value;
+  if constexpr (std::is_same_v<T, Acc<T>>) *p = value;
 }
 
 // out[0, n) = in[0, n) in the accumulation type; null gives `absent`.

@@ -16,13 +16,14 @@ common.define(
     "mlp_fwd(Tensor x, Tensor? stats, Tensor? norm_weight, Tensor? norm_bias, "
     "Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, "
     "Tensor? layer_scale, Tensor? drop_path, Tensor? hidden_drop_path, str act, int num_groups, "
-    "float eps, bool return_stats, bool save_hidden, str backend) "
+    "float eps, bool return_stats, bool save_hidden, str backend, *, ScalarType? product=None) "
     "-> (Tensor z, Tensor saved, Tensor stats_out, Tensor hidden)"
 )
 common.define(
     "mlp_bwd(Tensor dz, Tensor x, Tensor saved, Tensor? hidden, Tensor? norm_weight, "
     "Tensor? norm_bias, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, "
-    "Tensor? layer_scale, Tensor? drop_path, Tensor? hidden_drop_path, str act, str backend) "
+    "Tensor? layer_scale, Tensor? drop_path, Tensor? hidden_drop_path, str act, str backend, *, "
+    "ScalarType? product=None) "
     "-> (Tensor dx, Tensor dnorm_weight, Tensor dnorm_bias, Tensor dfc1_weight, Tensor dfc1_bias, "
     "Tensor dfc2_weight, Tensor dfc2_bias, Tensor dlayer_scale)"
 )
@@ -46,19 +47,26 @@ def _fake_forward(
     return_stats: bool,
     save_hidden: bool,
     backend: str,
+    *,
+    product: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, _, height, width = x.shape
-    saves = save_hidden and backend != "torch"
+    hidden = (batch, height, width, fc1_weight.shape[0]) if save_hidden else (0,)
     return (
         common.empty_like_op_output(x),
         common.fake_saved(x, num_groups),
         common.fake_stats("mlp", x, num_groups, return_stats, backend, fc1_weight.dtype),
-        fc1_weight.new_empty((batch, height, width, fc1_weight.shape[0]) if saves else (0,)),
+        fc1_weight.new_empty(hidden, dtype=product),
     )
 
 
 def _fake_backward(
-    dz: Tensor, x: Tensor, saved: Tensor, hidden: Tensor | None, *args: Any
+    dz: Tensor,
+    x: Tensor,
+    saved: Tensor,
+    hidden: Tensor | None,
+    *args: Any,
+    product: torch.dtype | None = None,
 ) -> tuple[Tensor, ...]:
     parameters, channels = args[:7], x.shape[1]
     units = parameters[2].shape[0]
@@ -79,14 +87,14 @@ _backward_op = torch.ops.poolformer_kernels.mlp_bwd.default
 
 
 class MlpFunction(common.KernelFunction):
-    """Autograd of `mlp`, with the arguments of mlp_fwd.
+    """Autograd of `mlp`, with the arguments of mlp_fwd, `product` the last.
 
     Saves x, two numbers per image and group and, if asked for, the hidden; else it is recomputed.
     """
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return _forward_op(*args)
+        return _forward_op(*args[:-1], product=args[-1])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -95,23 +103,26 @@ class MlpFunction(common.KernelFunction):
         ctx.mark_non_differentiable(saved, stats_out, hidden)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, saved, hidden if hidden.dim() == 4 else None, *tensors)
-        ctx.act, ctx.backend = inputs[11], inputs[16]
+        ctx.act, ctx.backend, ctx.product = inputs[11], inputs[16], inputs[17]
 
     @staticmethod
     def backward(ctx: Any, dz: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if dz is None:
-            return (None,) * 17
+            return (None,) * 18
         x, saved, hidden, *tensors = ctx.saved_tensors
         parameters = tensors[:7]
         with torch.no_grad():
-            dx, *grads = _backward_op(dz, x, saved, hidden, *tensors, ctx.act, ctx.backend)
+            args = (dz, x, saved, hidden, *tensors, ctx.act, ctx.backend)
+            dx, *grads = _backward_op(*args, product=ctx.product)
         given = (None if t is None else grad for t, grad in zip(parameters, grads, strict=True))
-        return *common.once("mlp", (dx, None, *given), dz, x, *parameters), *(None,) * 8
+        return *common.once("mlp", (dx, None, *given), dz, x, *parameters), *(None,) * 9
 
 
-def _saves_hidden(x: Tensor, backend: str, autocast: bool) -> bool:
+def _saves_hidden(x: Tensor, backend: str, autocast: bool, product: torch.dtype | None) -> bool:
     """Whether `backend` keeps the hidden when it is not told: where that is quick and not large."""
-    return backend == "cpu" and not autocast and x.shape[1] >= 256
+    if backend != "cpu":
+        return False
+    return x.shape[1] >= 384 and product == torch.bfloat16 if autocast else x.shape[1] >= 256
 
 
 def mlp(
@@ -152,8 +163,9 @@ def mlp(
         return_stats: return (z, statistics of z).
         save_hidden: keep fc1's result for the backward, B · H · W · hidden elements, instead of
             computing it again from x. None leaves that to the backend: "cpu" keeps it where C >=
-            256 and not under autocast, so that a whole model saves under a third of what eager
-            does; "triton" and "cuda" do not. "torch" always saves what eager saves.
+            256 (under autocast 384, if products are of bfloat16), so that a whole model saves under
+            a third of what eager does; "triton" and "cuda" do not. "torch" always saves what eager
+            saves.
         backend: "auto", "torch", "cpu", "triton" or "cuda"; see `use_backend`.
 
     Returns:
@@ -197,18 +209,22 @@ def mlp(
             return_stats=return_stats,
         )
     factors: tuple[Tensor | None, ...] = (drop_path, hidden_drop_path)
-    dtype = x.dtype
+    dtype, rounded = x.dtype, None
     if autocast:
         product = torch.get_autocast_dtype(common.device_type(x))
         dtype = common.promote(product, layer_scale, x)
         x, norm_weight, norm_bias, layer_scale, *factors = common.as_float32(
             x, norm_weight, norm_bias, layer_scale, *factors
         )
-        if backend == "cpu":
-            product = common.cpu_product_dtype(product)
+        if backend == "cpu":  # whose kernels round the weights themselves
+            rounded = common.cpu_product_dtype(product)
+            product = torch.float32
             fc1_bias, fc2_bias = common.as_float32(fc1_bias, fc2_bias)
         weights = (fc1_weight.to(product), fc1_bias, fc2_weight.to(product), fc2_bias)
         parameters = (norm_weight, norm_bias, *weights, layer_scale)
+    saves = save_hidden
+    if saves is None:
+        saves = _saves_hidden(x, backend, autocast, rounded)
     args = (
         x,
         stats,
@@ -218,9 +234,12 @@ def mlp(
         num_groups,
         eps,
         return_stats,
-        grad and (_saves_hidden(x, backend, autocast) if save_hidden is None else save_hidden),
+        grad and saves,
         backend,
     )
-    z, _, stats_out, _ = MlpFunction.apply(*args) if grad else _forward_op(*args)
+    if grad:
+        z, _, stats_out, _ = MlpFunction.apply(*args, rounded)
+    else:
+        z, _, stats_out, _ = _forward_op(*args, product=rounded)
     z = z if z.dtype == dtype else z.to(dtype)
     return (z, stats_out) if return_stats else z
