@@ -59,6 +59,14 @@ def capability(request: pytest.FixtureRequest) -> Iterator[str]:
     kernels.set_cpu_capability(before)
 
 
+@pytest.fixture
+def many_cores() -> Iterator[None]:
+    """The C++ kernels cut backwards into as many tasks as on 64 cores."""
+    extension().set_cpu_backward_tasks(64)
+    yield
+    extension().set_cpu_backward_tasks(0)
+
+
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A folder with a small PoolFormer, as save_pretrained writes it."""

@@ -193,6 +193,14 @@ def test_same_bits_on_any_number_of_threads(
         assert all(map(torch.equal, results[0], other))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_on_a_machine_of_many_cores(
+    case: Case, dtype: torch.dtype, capability: str, many_cores: None
+) -> None:
+    assert_right(gradients("mlp", case, "nchw", dtype), "mlp", case, "nchw", dtype)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("strides", ["sliced", "permuted", "expanded", "other"])
 @pytest.mark.parametrize("op", OPS)

@@ -128,6 +128,20 @@ def test_gradients_as_exact_as_eager(
 
 
 @CPU
+@pytest.mark.parametrize("window", WINDOWS.values(), ids=WINDOWS)
+def test_gradients_on_a_machine_of_many_cores(
+    window: Window, capability: str, many_cores: None
+) -> None:
+    args = [t.requires_grad_() for t in tensors(window, torch.float64, *LAYOUTS)]
+    y = pk.patch_embed(*args, **window.geometry, backend="cpu")
+    expected = reference.patch_embed(*args, **window.geometry)
+    dy = torch.randn_like(y)
+    torch.testing.assert_close(
+        torch.autograd.grad(y, args, dy), torch.autograd.grad(expected, args, dy)
+    )
+
+
+@CPU
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2)], ids=str)
 def test_only_wanted_gradients(wanted: tuple[int, ...]) -> None:
     window = WINDOWS["downsample"]

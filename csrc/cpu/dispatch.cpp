@@ -7,6 +7,7 @@
 #include <memory>
 #include <new>
 #include <stdexcept>
+#include <thread>
 
 #include "kernels.h"
 
@@ -76,6 +77,11 @@ std::atomic<const Kernels*>& current() {
   return table;
 }
 
+std::atomic<int64_t>& wanted_tasks() {
+  static std::atomic<int64_t> tasks{0};
+  return tasks;
+}
+
 struct AlignedDelete {
   void operator()(void* p) const { ::operator delete(p, std::align_val_t{64}); }
 };
@@ -111,6 +117,19 @@ void* scratch(size_t bytes, Scratch purpose) {
   }
   return memory.data.get();
 }
+
+int64_t backward_tasks() {
+  int64_t set = wanted_tasks().load(std::memory_order_relaxed);
+  if (set > 0) return set;
+  static const int64_t tasks = [] {
+    int64_t cores = std::thread::hardware_concurrency(), power = 8;
+    while (power < cores && power < 64) power *= 2;
+    return power;
+  }();
+  return tasks;
+}
+
+void set_backward_tasks(int64_t tasks) { wanted_tasks() = tasks; }
 
 int64_t l2_bytes() {
   static const int64_t bytes = [] {

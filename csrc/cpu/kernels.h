@@ -237,4 +237,9 @@ enum class Scratch { kTask, kSums, kActivation, kCount };
 void* scratch(size_t bytes, Scratch purpose = Scratch::kTask);
 int64_t l2_bytes();
 
+// Tasks that the backward of products is cut into at least: by the machine's cores (8 to 64) and
+// not by threads, so that sums have one order. Tests set another number, 0 for the machine's.
+int64_t backward_tasks();
+void set_backward_tasks(int64_t tasks);
+
 }  // namespace poolformer::cpu

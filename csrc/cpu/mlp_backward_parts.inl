@@ -43,7 +43,7 @@ static void mlp_backward_plan_typed(MlpBackwardArgs& args) {
   // A part of the pixels costs 2 hidden * channels sums, one of the hidden pixels * channels, and
   // as much again to make pairs of what it reads.
   int64_t r = 1, s = 1;
-  while (r * s < 8) {
+  while (r * s < backward_tasks()) {
     bool more_rows = 2 * r * kRows <= pixels, more_hidden = 2 * s <= sizes.panels;
     if (more_rows && (2 * r * hidden <= kStep<F> * s * pixels || !more_hidden)) {
       r *= 2;

@@ -46,14 +46,15 @@ static void patch_embed_backward_plan_typed(PatchEmbedBackwardArgs& args) {
   using F = Factor<T>;
   const PatchEmbedArgs& shape = args.shape;
   const Image &in = shape.in, &out = shape.out;
-  constexpr int64_t kTasks = 6, kWindow = 600, n = kPanel<A>;
+  constexpr int64_t kWindow = 600, n = kPanel<A>;
+  int64_t tasks = backward_tasks() * 3 / 4;
   int64_t pixels = out.batch * out.pixels(), line = shape.kernel[1] * in.channels;
   args.lines = smaller(larger(kWindow / line, 1), shape.kernel[0]);
   args.groups = (shape.kernel[0] + args.lines - 1) / args.lines;
   // A part of the pixels costs a gradient's sums, one of the channels packs all windows again.
   int64_t r = 1, q = 1;
-  while (r * args.groups < kTasks && pixels / (2 * r) >= 2 * out.channels) r *= 2;
-  while (r * q * args.groups < kTasks && out.channels / (2 * q) >= 64) q *= 2;
+  while (r * args.groups < tasks && pixels / (2 * r) >= 2 * out.channels) r *= 2;
+  while (r * q * args.groups < tasks && out.channels / (2 * q) >= 64) q *= 2;
   args.pixel_parts = r, args.channel_parts = q;
   args.in_place = r == 1 && std::is_same_v<T, A> && shape.weight_channels_last && line % n == 0 &&
                   args.weight_gradient != nullptr;
@@ -62,7 +63,7 @@ static void patch_embed_backward_plan_typed(PatchEmbedBackwardArgs& args) {
       larger((out.width - 1) * shape.stride[1] + shape.kernel[1], in.width + shape.padding[1]);
   int64_t row_bytes = args.columns * round_up(in.channels, n) * sizeof(A);
   int64_t strips = larger((in.height * row_bytes + l2_bytes() / 3 - 1) / (l2_bytes() / 3),
-                          (kTasks + in.batch - 1) / in.batch);
+                          (tasks + in.batch - 1) / in.batch);
   args.strips = smaller(strips, in.height);
 
   PatchEmbedBackwardSizes<F> sizes(args);
