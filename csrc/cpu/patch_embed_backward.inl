@@ -55,8 +55,8 @@ struct GradientStrip {
         memory_stride(round_up(out.channels, kLanes<A>)),
         stride(round_up(out.channels, kStep<F>)) {
     int64_t band_size = (end - begin) * row, pixels = count * out.width;
-    band = static_cast<A*>(scratch((band_size + pixels * memory_stride) * sizeof(A) +
-                                   (pixels * stride + kLanes<A>)*sizeof(F)));
+    int64_t sums = band_size + pixels * memory_stride, values = pixels * stride + kLanes<A>;
+    band = static_cast<A*>(scratch(sums * sizeof(A) + values * sizeof(F)));
     memory = band + band_size;
     factors = reinterpret_cast<F*>(memory + pixels * memory_stride);
     std::fill(band, memory, A(0));
