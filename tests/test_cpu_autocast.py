@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -63,6 +64,21 @@ def test_as_exact_as_eager(case: Case, layout: str, keeps: bool, capability: str
     assert all(t.dtype == torch.float32 for t in ours[1:])
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(pk.mlp(x, *params, backend="cpu", **options), ours[0])
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_nothing_is_left_of_an_earlier_call(case: Case, keeps: bool, capability: str) -> None:
+    results = []
+    for factor in (1.0, math.nan, 1.0):
+        torch.manual_seed(0)
+        x, params, dz, options = arguments(case, "nchw")
+        params = [None if p is None else p * factor for p in params]
+        with torch.autocast("cpu", torch.bfloat16):
+            options |= {"backend": "cpu", "save_hidden": keeps}
+            results.append(cases.run(pk.mlp, x * factor, params, dz * factor, **options))
+    assert all(map(torch.equal, results[0], results[2]))
+    assert all(t.isfinite().all() for t in results[2])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

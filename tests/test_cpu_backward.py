@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -83,6 +84,19 @@ def assert_right(ours: list[Tensor], op: str, case: Case, layout: str, dtype: to
 def test_as_exact_as_eager(
     op: str, case: Case, layout: str, dtype: torch.dtype, capability: str
 ) -> None:
+    assert_right(gradients(op, case, layout, dtype), op, case, layout, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("op", OPS)
+def test_nothing_is_left_of_an_earlier_call(
+    op: str, case: Case, layout: str, dtype: torch.dtype, capability: str
+) -> None:
+    x, params, dy, options = arguments(op, case, layout, dtype)
+    nan = [None if p is None else p * math.nan for p in params]
+    cases.run(getattr(pk, op), x * math.nan, nan, dy * math.nan, backend="cpu", **options)
     assert_right(gradients(op, case, layout, dtype), op, case, layout, dtype)
 
 

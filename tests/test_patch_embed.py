@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -50,6 +51,7 @@ WINDOWS = {
     "one pixel": Window((16, 8), (3, 3), (2, 2), (1, 1), (9, 1, 1)),
     "gaps": Window((4, 6), (1, 1), (3, 3), (0, 0), (1, 10, 10)),
     "oblong": Window((4, 6), (3, 1), (2, 3), (0, 2), (2, 10, 10)),
+    "dense": Window((64, 47), (3, 3), (2, 2), (1, 1), (1, 9, 9)),
     "many pixels": Window((6, 8), (3, 3), (2, 2), (1, 1), (4, 72, 80)),
     "many channels": Window((8, 200), (3, 3), (2, 2), (1, 1), (2, 12, 12)),
     "no image": Window((4, 6), (3, 3), (2, 2), (1, 1), (0, 8, 8)),
@@ -142,13 +144,34 @@ def test_gradients_on_a_machine_of_many_cores(
 
 
 @CPU
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("window", WINDOWS.values(), ids=WINDOWS)
+def test_nothing_is_left_of_an_earlier_call(
+    window: Window, layout: torch.memory_format, dtype: torch.dtype, capability: str
+) -> None:
+    def ours(*args: Tensor) -> Tensor:
+        return pk.patch_embed(*args, **window.geometry, backend="cpu")
+
+    x, *params = tensors(window, dtype, layout, layout)
+    dy = torch.randn(reference.patch_embed(x, *params, **window.geometry).shape).to(dtype)
+    first, _, second = (
+        cases.run(ours, x * factor, [p * factor for p in params], dy * factor)
+        for factor in (1, math.nan, 1)
+    )
+    assert all(map(torch.equal, first, second))
+    assert all(t.isfinite().all() for t in second)
+
+
+@CPU
+@pytest.mark.parametrize("window", ["downsample", "dense"])
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2)], ids=str)
-def test_only_wanted_gradients(wanted: tuple[int, ...]) -> None:
-    window = WINDOWS["downsample"]
-    args = tensors(window, torch.float32, *LAYOUTS)
+def test_only_wanted_gradients(wanted: tuple[int, ...], window: str) -> None:
+    geometry = WINDOWS[window].geometry
+    args = tensors(WINDOWS[window], torch.float32, *LAYOUTS)
     chosen = [args[i].requires_grad_() for i in wanted]
-    y = pk.patch_embed(*args, **window.geometry, backend="cpu")
-    expected = reference.patch_embed(*args, **window.geometry)
+    y = pk.patch_embed(*args, **geometry, backend="cpu")
+    expected = reference.patch_embed(*args, **geometry)
     dy = torch.randn_like(y)
     torch.testing.assert_close(
         torch.autograd.grad(y, chosen, dy), torch.autograd.grad(expected, chosen, dy)
