@@ -150,6 +150,11 @@ def test_the_op_with_products_of_bfloat16(keeps: bool) -> None:
     ops = torch.ops.poolformer_kernels
     torch.library.opcheck(ops.mlp_fwd.default, forward, PRODUCT)
     torch.library.opcheck(ops.mlp_bwd.default, backward, PRODUCT)
+    if keeps:
+        x, _, gamma, beta, fc1, fc1_bias = (t if t is None else t.double() for t in forward[:6])
+        normed = torch.group_norm(x, 1, gamma, beta).permute(0, 2, 3, 1)
+        exact = nn.functional.linear(normed, fc1, fc1_bias)
+        torch.testing.assert_close(backward[3].double(), exact, rtol=0.02, atol=0.02)
     gradients = ops.mlp_bwd(*backward, **PRODUCT)
     assert all(g.dtype == torch.float32 for g in gradients)
     with pytest.raises(TypeError, match="hidden is Float and products are of BFloat16"):
