@@ -178,7 +178,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("set_cpu_capability", cpu::set_capability);
   m.def("cpu_multiplies_bf16", [] { return cpu::kernels().native_bf16; });
   m.def("set_cpu_backward_tasks", cpu::set_backward_tasks);
-  m.def("native_bf16", cpu::has_native_bf16);
   m.def("amx_bf16", cpu::has_amx_bf16);
   m.def("native_fp16", cpu::has_native_fp16);
 #ifdef WITH_CUDA

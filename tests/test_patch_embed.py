@@ -191,6 +191,20 @@ def test_gradcheck_also_of_second_derivatives() -> None:
 
 
 @CPU
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_gradients_that_are_differentiated(dtype: torch.dtype) -> None:
+    window = WINDOWS["one pixel"]
+    args = [t.requires_grad_() for t in tensors(window, dtype, *LAYOUTS)]
+    y = pk.patch_embed(*args, **window.geometry, backend="cpu")
+    dy = torch.randn_like(y)
+    ours = torch.autograd.grad(y, args, dy, create_graph=True)
+    exact = cases.oracle("patch_embed", args[0], args[1:], dy, **window.geometry)[1:]
+    for a, b in zip(ours, exact, strict=True):
+        assert a.dtype == dtype and a.requires_grad
+        torch.testing.assert_close(a.double(), b, rtol=0.02, atol=0.02)
+
+
+@CPU
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("window", ["stem", "deep", "one pixel", "many pixels", "many channels"])
 def test_same_bits_on_any_number_of_threads(

@@ -98,7 +98,6 @@ std::vector<std::string> capabilities() {
 
 void set_capability(const std::string& name) { current() = find(name, "the CPU capability"); }
 
-bool has_native_bf16() { return features().avx512_bf16 || features().amx_bf16; }
 bool has_amx_bf16() { return features().amx_bf16; }
 bool has_native_fp16() { return features().fp16; }
 

@@ -108,15 +108,16 @@ static void multiply_rows(int count, const F* left, int64_t left_stride, const F
   }
 }
 
-// out (rows, panels) (+)= left (rows, steps) times right (steps, panels).
-template <bool kColumns, class F>
+// out (rows, panels) (+)= left (rows, steps) times right (steps, panels). Of panels that hold no
+// more than one vector the rest may be left out.
+template <bool kColumns, class F, int kVectors = 2>
 static void multiply_panels(int64_t rows, int64_t steps, int64_t panels, const F* left,
                             int64_t left_stride, const Panels<const F>& right,
                             const Panels<Acc<F>>& out, bool add) {
   for (int64_t p = 0; p < panels; ++p) {  // the panel stays in the first-level cache
     for (int64_t r = 0; r < rows; r += kRows) {
       int count = static_cast<int>(smaller(rows - r, kRows));
-      multiply_rows<kColumns, F, kRows, 2>(
+      multiply_rows<kColumns, F, kRows, kVectors>(
           count, left + row_at<kColumns, F>(r, left_stride), left_stride,
           right.data + p * right.distance, right.stride, steps,
           out.data + p * out.distance + r * out.stride, out.stride, add);
@@ -181,7 +182,7 @@ static __attribute__((noinline)) void multiply_columns(const F* left, int64_t st
 }
 
 // Pixels beyond a panel's vectors that are multiplied as columns instead of as one vector more.
-constexpr int kColumns = 4;
+constexpr int kLastPixels = 4;
 
 template <class F, int kPixels>
 static void multiply_columns_of(int count, int pixels, const F* left, int64_t stride,
@@ -210,7 +211,7 @@ constexpr int64_t kGroup = POOLFORMER_GROUP;
 
 // Values that gemm needs beside its operands: rows that cannot be multiplied where they are, and
 // the last pixels as columns.
-constexpr int64_t gemm_spare(int64_t depth) { return (kGroup * kRows + kColumns) * (depth + 1); }
+constexpr int64_t gemm_spare(int64_t depth) { return (kGroup * kRows + kLastPixels) * (depth + 1); }
 
 // Asks for rows that are needed soon, some lines at a time.
 class Ahead {
@@ -254,19 +255,19 @@ static const Factor<T>* factors_of(const T* rows, int64_t count, int64_t depth, 
 }
 
 // A product of weight (rows, depth) with `panels` panels, the last of them `last_lanes` lanes wide.
-// `spare`: gemm_spare(depth) values.
+// `spare`: gemm_spare(depth) values; `most`: values in a sum before it is added to others.
 template <class T>
 static void gemm(const T* weight, int64_t stride, int64_t rows, int64_t depth, const Factor<T>* in,
                  int64_t in_stride, int64_t panels, int64_t last_lanes, Acc<T>* out,
-                 int64_t out_stride, bool add, Acc<T>* spare) {
+                 int64_t out_stride, bool add, Acc<T>* spare,
+                 int64_t most = kDepth * kStep<Factor<T>>) {
   using A = Acc<T>;
   using F = Factor<T>;
   constexpr int n = kPanel<A>, w = kLanes<A>;
-  constexpr int64_t most = kDepth * kStep<F>;
   F* memory = reinterpret_cast<F*>(spare);
   F* columns = memory + kGroup * kRows * (depth + 1);
   int last_columns = static_cast<int>(last_lanes % w);
-  if (last_columns > kColumns) last_columns = 0;
+  if (last_columns > kLastPixels) last_columns = 0;
   int64_t last_vectors = (last_lanes - last_columns + w - 1) / w;
   for (int j = 0; j < last_columns; ++j) {
     const F* last = in + (panels - 1) * in_stride + (last_vectors * w + j) * kStep<F>;
@@ -298,8 +299,9 @@ static void gemm(const T* weight, int64_t stride, int64_t rows, int64_t depth, c
                                               to + i * n, n, more);
           }
           if (p + 1 == panels && last_columns > 0) {
-            multiply_columns_of<F, kColumns>(count, last_columns, block, left_stride, columns + k,
-                                             depth, size, to + i * n + last_vectors * w, n, more);
+            multiply_columns_of<F, kLastPixels>(count, last_columns, block, left_stride,
+                                                columns + k, depth, size,
+                                                to + i * n + last_vectors * w, n, more);
           }
         }
       }

@@ -227,7 +227,6 @@ extern const Kernels kernels_default, kernels_avx2, kernels_avx512, kernels_avx5
 const Kernels& kernels();
 std::vector<std::string> capabilities();       // best first
 void set_capability(const std::string& name);  // throws std::invalid_argument
-bool has_native_bf16();
 bool has_amx_bf16();     // PyTorch's products then run on matrix units, which no kernel here uses
 bool has_native_fp16();  // PyTorch's products then run in float16, which no kernel here uses
 
@@ -237,8 +236,9 @@ enum class Scratch { kTask, kSums, kActivation, kCount };
 void* scratch(size_t bytes, Scratch purpose = Scratch::kTask);
 int64_t l2_bytes();
 
-// Tasks that the backward of products is cut into at least: by the machine's cores (8 to 64) and
-// not by threads, so that sums have one order. Tests set another number, 0 for the machine's.
+// Tasks that the backward of products is cut into where there is enough to cut: a power of two by
+// the machine's cores (8 to 64) and not by threads, so that sums have one order. Tests set another
+// number, 0 for the machine's.
 int64_t backward_tasks();
 void set_backward_tasks(int64_t tasks);
 

@@ -13,6 +13,11 @@ PF_INLINE int64_t depth_step(int64_t depth) {
   return round_up((depth + steps - 1) / steps, 2);
 }
 
+// The longest sums, of windows of thousands of values, are added up from shorter parts. Products of
+// bfloat16 have no use for it.
+template <class F>
+constexpr int64_t kWindowSum = kStep<F> == 1 ? kDepth / 2 : kDepth * kStep<F>;
+
 template <class F>
 static void patch_embed_plan_typed(PatchEmbedArgs& args) {
   using A = Acc<F>;
@@ -73,7 +78,7 @@ static void patch_embed_tiles(const PatchEmbedArgs& args, int64_t begin, int64_t
         gemm<T>(as<T>(args.weight) + k, depth, channels, smaller(step, depth - k),
                 panels + place<F>(k, 0), panel_size, count,
                 last < args.panels ? n : last_lanes_of<A>(args.out, args.panels), sums,
-                channels * n, k > 0, spare);
+                channels * n, k > 0, spare, kWindowSum<F>);
       }
       write_panels<T>(args, first, last, 0, channels, sums, spare + gemm_spare(step));
     }
@@ -103,7 +108,7 @@ static void patch_embed_rows(const PatchEmbedArgs& args, int64_t begin, int64_t 
     A *spare = sums + args.panels * rows * n, *bias = spare + gemm_spare(depth);
     gemm<T>(as<T>(args.weight) + row * depth, depth, rows, depth,
             static_cast<const F*>(args.shared), panel_values<F>(depth), args.panels,
-            last_lanes_of<A>(args.out, args.panels), sums, rows * n, false, spare);
+            last_lanes_of<A>(args.out, args.panels), sums, rows * n, false, spare, kWindowSum<F>);
     write_panels<T>(args, 0, args.panels, row, rows, sums, bias);
   });
 }

@@ -99,9 +99,16 @@ struct GradientStrip {
       const F* weight = static_cast<const F*>(args.factors) + panel * sizes.panel;
       for (int64_t i = reached(y, begin), last = reached(y, end); i < last; ++i) {
         A* to = band + (i * step[0] - args.shape.padding[0] + y - begin) * row + x * pixel + c;
-        multiply_panels<false, F>(out.width, steps_of<F>(out.channels), 1,
-                                  rows + (i - first) * out.width * stride, stride,
-                                  {weight, kPanelStep<F>, 0}, {to, step[1] * pixel, n}, true);
+        auto add = [&](auto vectors) {
+          multiply_panels<false, F, vectors()>(
+              out.width, steps_of<F>(out.channels), 1, rows + (i - first) * out.width * stride,
+              stride, {weight, kPanelStep<F>, 0}, {to, step[1] * pixel, n}, true);
+        };
+        if (in.channels - c > kLanes<A>) {
+          add(std::integral_constant<int, 2>{});
+        } else {
+          add(std::integral_constant<int, 1>{});
+        }
       }
     }
   }

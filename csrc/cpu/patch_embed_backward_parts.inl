@@ -47,7 +47,7 @@ static void patch_embed_backward_plan_typed(PatchEmbedBackwardArgs& args) {
   const PatchEmbedArgs& shape = args.shape;
   const Image &in = shape.in, &out = shape.out;
   constexpr int64_t kWindow = 600, n = kPanel<A>;
-  int64_t tasks = backward_tasks() * 3 / 4;
+  int64_t tasks = backward_tasks() * 3 / 4;  // groups often come in threes
   int64_t pixels = out.batch * out.pixels(), line = shape.kernel[1] * in.channels;
   args.lines = smaller(larger(kWindow / line, 1), shape.kernel[0]);
   args.groups = (shape.kernel[0] + args.lines - 1) / args.lines;

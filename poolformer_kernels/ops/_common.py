@@ -104,7 +104,7 @@ def gpu_kernel(op: str, direction: str, backend: str) -> Callable[..., Any]:
 def register_gpu(op: str) -> None:
     """Let GPU kernels implement forward and backward of `op` there."""
 
-    def run(direction: str, *args: Any, product: None = None) -> Any:
+    def run(direction: str, *args: Any, product: torch.dtype | None = None) -> Any:
         *arguments, backend = args
         if product is not None:
             raise ValueError(f"{op}: product is {product}; on a GPU it is the weights' dtype.")

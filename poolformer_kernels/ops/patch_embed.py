@@ -10,6 +10,7 @@ from torch._prims_common import suggest_memory_format
 
 from .. import reference
 from ..backends import requested, resolve
+from ..reference import accumulate_dtype
 from . import _common as common
 
 common.define(
@@ -30,8 +31,11 @@ def _fake_forward(
         (x.shape[2 + i] + 2 * padding[i] - weight.shape[2 + i]) // stride[i] + 1 for i in (0, 1)
     )
     last = torch.channels_last in (suggest_memory_format(x), suggest_memory_format(weight))
-    return x.new_empty((x.shape[0], weight.shape[0], *sizes)).contiguous(
-        memory_format=torch.channels_last if last else torch.contiguous_format
+    return torch.empty(
+        (x.shape[0], weight.shape[0], *sizes),
+        dtype=x.dtype,
+        device=x.device,
+        memory_format=torch.channels_last if last else torch.contiguous_format,
     )
 
 
@@ -83,9 +87,21 @@ class PatchEmbedFunction(common.KernelFunction):
         x, weight = ctx.saved_tensors
         wanted, geometry = list(ctx.needs_input_grad[:3]), (ctx.stride, ctx.padding)
         if torch.is_grad_enabled():
-            grads = torch.ops.aten.convolution_backward(
-                dy, x, weight, ctx.bias_size, *geometry, [1, 1], False, [0, 0], 1, wanted
+            # In float32: in 16 bits it is slow, or reads memory that no one has set.
+            dtype = accumulate_dtype(x.dtype)
+            exact = torch.ops.aten.convolution_backward(
+                dy.to(dtype),
+                x.to(dtype),
+                weight.to(dtype),
+                ctx.bias_size,
+                *geometry,
+                [1, 1],
+                False,
+                [0, 0],
+                1,
+                wanted,
             )
+            grads = [g.to(x.dtype) if w else None for g, w in zip(exact, wanted, strict=True)]
         else:
             grads = _backward_op(dy, x, weight, *geometry, wanted, ctx.backend)
         return *(g if w else None for g, w in zip(grads, wanted, strict=True)), *(None,) * 3
