@@ -105,7 +105,7 @@ std::tuple<Tensor, Tensor, Tensor> patch_embed_bwd(const Tensor& dy, const Tenso
   args.shape.in = image_of(in), args.shape.out = image_of(gradient);
   args.shape.weight = dense.const_data_ptr();
   args.input_gradient = dx.mutable_data_ptr();
-  args.weight_gradient = wanted[1] ? dweight.mutable_data_ptr() : nullptr;
+  args.weight_gradient = dweight.mutable_data_ptr();
   const auto& kernels = cpu::kernels();
   kernels.patch_embed_backward_plan(args);
   if (wanted[0]) {
@@ -113,16 +113,15 @@ std::tuple<Tensor, Tensor, Tensor> patch_embed_bwd(const Tensor& dy, const Tenso
     run_kernel(kernels.patch_embed_backward_pack, args, args.panels, 1);
     run_kernel(kernels.patch_embed_backward_input, args, x.size(0) * args.strips, 1);
   }
-  if (wanted[1] || wanted[2]) {
+  if (wanted[2] && !wanted[1]) dbias = at::sum(gradient, {0, 2, 3});
+  if (wanted[1]) {
     int64_t channels = weight.size(0);
     std::vector<double> column_sums(args.pixel_parts * channels);
     args.column_sums = column_sums.data();
     args.sums = cpu::scratch(args.sums_bytes, cpu::Scratch::kSums);
     run_kernel(kernels.patch_embed_backward_weight, args,
                args.pixel_parts * args.groups * args.channel_parts, 1);
-    if (wanted[1] && !args.in_place) {
-      run_kernel(kernels.patch_embed_backward_finish, args, channels, 8);
-    }
+    if (!args.in_place) run_kernel(kernels.patch_embed_backward_finish, args, channels, 8);
     if (wanted[2]) {
       std::vector<double> sums(channels);
       add_rows(column_sums.data(), args.pixel_parts, channels, sums.data());

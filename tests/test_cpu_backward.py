@@ -156,20 +156,18 @@ def test_the_kept_hidden_is_what_the_backward_reads(
 
 @pytest.mark.parametrize(
     ("channels", "autocast", "kept"),
-    [
-        (64, False, False),
-        (256, False, True),
-        (320, True, False),
-        (384, True, C.cpu_multiplies_bf16()),
-    ],
+    [(64, False, False), (256, False, True), (320, True, False), (384, True, True)],
 )
-def test_where_the_hidden_is_kept_unasked(channels: int, autocast: bool, kept: bool) -> None:
+def test_where_the_hidden_is_kept_unasked(
+    channels: int, autocast: bool, kept: bool, capability: str
+) -> None:
+    kept &= not autocast or C.cpu_multiplies_bf16()
     x = torch.randn(1, channels, 3, 3, requires_grad=True)
     parameters = cases.parameters("mlp", Case(tuple(x.shape)), torch.float32)
     with torch.autocast("cpu", enabled=autocast), saved_storages(nn.Module()) as saved:
         pk.mlp(x, *parameters, backend="cpu")
-    hidden = x.numel() * 4 * (2 if autocast else 4)
-    assert (hidden in [storage.nbytes() for storage in saved.values()]) == kept
+    sizes = {storage.nbytes() for storage in saved.values()}
+    assert bool(sizes & {x.numel() * 4 * itemsize for itemsize in (2, 4)}) == kept
 
 
 @pytest.mark.parametrize("autocast", [False, True])

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import math
 import pickle
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import accelerated
@@ -15,63 +13,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from windows import CPU, DTYPES, LAYOUTS, WINDOWS, Window, tensors
 
 import poolformer_kernels as pk
-from poolformer_kernels import _extension, embeddings, reference
-
-CPU = pytest.mark.skipif(_extension.load() is None, reason="no CPU kernels")
-OP = "poolformer_kernels::patch_embed_fwd"
-LAYOUTS = [torch.contiguous_format, torch.channels_last]
-DTYPES = [*cases.DTYPES, torch.float64]
-
-
-@dataclass(frozen=True)
-class Window:
-    """Channels and geometry of a convolution, and the (B, H, W) that it is given."""
-
-    channels: tuple[int, int]
-    kernel: tuple[int, int]
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    images: tuple[int, int, int]
-
-    @property
-    def geometry(self) -> dict[str, Any]:
-        return {"stride": self.stride, "padding": self.padding}
-
-
-WINDOWS = {
-    "stem": Window((3, 64), (7, 7), (4, 4), (2, 2), (2, 33, 50)),
-    "downsample": Window((20, 24), (3, 3), (2, 2), (1, 1), (3, 14, 14)),
-    "wide": Window((64, 40), (3, 3), (2, 2), (1, 1), (2, 9, 37)),
-    "deep": Window((300, 13), (3, 3), (2, 2), (1, 1), (1, 6, 5)),
-    "patches": Window((5, 7), (2, 2), (2, 2), (0, 0), (1, 8, 9)),
-    "padded": Window((8, 8), (3, 3), (1, 1), (2, 2), (2, 5, 4)),
-    "channels": Window((12, 110), (3, 3), (2, 2), (1, 1), (1, 7, 7)),
-    "one pixel": Window((16, 8), (3, 3), (2, 2), (1, 1), (9, 1, 1)),
-    "gaps": Window((4, 6), (1, 1), (3, 3), (0, 0), (1, 10, 10)),
-    "oblong": Window((4, 6), (3, 1), (2, 3), (0, 2), (2, 10, 10)),
-    "dense": Window((64, 47), (3, 3), (2, 2), (1, 1), (1, 9, 9)),
-    "many pixels": Window((6, 8), (3, 3), (2, 2), (1, 1), (4, 72, 80)),
-    "many channels": Window((8, 200), (3, 3), (2, 2), (1, 1), (2, 12, 12)),
-    "no image": Window((4, 6), (3, 3), (2, 2), (1, 1), (0, 8, 8)),
-}
-
-
-def tensors(
-    window: Window, dtype: torch.dtype, x_format: torch.memory_format, w_format: torch.memory_format
-) -> list[Tensor]:
-    """x, weight and bias."""
-    (inputs, outputs), (batch, height, width) = window.channels, window.images
-    x = torch.randn(batch, inputs, height, width, dtype=torch.float64)
-    depth = inputs * window.kernel[0] * window.kernel[1]
-    weight = torch.randn(outputs, inputs, *window.kernel, dtype=torch.float64) / depth**0.5
-    bias = torch.randn(outputs, dtype=torch.float64).to(dtype)
-    return [
-        x.to(dtype).contiguous(memory_format=x_format),
-        weight.to(dtype).contiguous(memory_format=w_format),
-        bias,
-    ]
+from poolformer_kernels import embeddings, reference
 
 
 @CPU
@@ -95,113 +40,6 @@ def test_as_exact_as_eager(
         torch.testing.assert_close(ours, exact[0], rtol=1e-12, atol=1e-12)
     else:
         cases.assert_as_exact_as_eager([ours], [eager], exact)
-
-
-@CPU
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("w_format", LAYOUTS, ids=str)
-@pytest.mark.parametrize("x_format", LAYOUTS, ids=str)
-@pytest.mark.parametrize("window", WINDOWS.values(), ids=WINDOWS)
-def test_gradients_as_exact_as_eager(
-    window: Window,
-    x_format: torch.memory_format,
-    w_format: torch.memory_format,
-    dtype: torch.dtype,
-    capability: str,
-) -> None:
-    x, *params = tensors(window, dtype, x_format, w_format)
-    dy = torch.randn(reference.patch_embed(x, *params, **window.geometry).shape).to(dtype)
-    dy = dy.contiguous(memory_format=x_format)
-
-    def ours(*args: Tensor, **geometry: Any) -> Tensor:
-        return pk.patch_embed(*args, **geometry, backend="cpu")
-
-    result = cases.run(ours, x, params, dy, **window.geometry)
-    exact = cases.oracle("patch_embed", x, params, dy, **window.geometry)
-    assert [g.dtype for g in result] == [dtype] * 4
-    if dtype == torch.float64:
-        torch.testing.assert_close(result, exact, rtol=1e-11, atol=1e-11)
-    else:
-        args = x, params, dy
-        if window is WINDOWS["one pixel"]:  # in bfloat16 oneDNN reads memory that no one has set
-            args = x.float(), [p.float() for p in params], dy.float()
-        eager = cases.run(reference.patch_embed, *args, **window.geometry)
-        cases.assert_as_exact_as_eager(result, [g.to(dtype) for g in eager], exact)
-
-
-@CPU
-@pytest.mark.parametrize("window", WINDOWS.values(), ids=WINDOWS)
-def test_gradients_on_a_machine_of_many_cores(
-    window: Window, capability: str, many_cores: None
-) -> None:
-    args = [t.requires_grad_() for t in tensors(window, torch.float64, *LAYOUTS)]
-    y = pk.patch_embed(*args, **window.geometry, backend="cpu")
-    expected = reference.patch_embed(*args, **window.geometry)
-    dy = torch.randn_like(y)
-    torch.testing.assert_close(
-        torch.autograd.grad(y, args, dy), torch.autograd.grad(expected, args, dy)
-    )
-
-
-@CPU
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-@pytest.mark.parametrize("window", WINDOWS.values(), ids=WINDOWS)
-def test_nothing_is_left_of_an_earlier_call(
-    window: Window, layout: torch.memory_format, dtype: torch.dtype, capability: str
-) -> None:
-    def ours(*args: Tensor) -> Tensor:
-        return pk.patch_embed(*args, **window.geometry, backend="cpu")
-
-    x, *params = tensors(window, dtype, layout, layout)
-    dy = torch.randn(reference.patch_embed(x, *params, **window.geometry).shape).to(dtype)
-    first, _, second = (
-        cases.run(ours, x * factor, [p * factor for p in params], dy * factor)
-        for factor in (1, math.nan, 1)
-    )
-    assert all(map(torch.equal, first, second))
-    assert all(t.isfinite().all() for t in second)
-
-
-@CPU
-@pytest.mark.parametrize("window", ["downsample", "dense"])
-@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2)], ids=str)
-def test_only_wanted_gradients(wanted: tuple[int, ...], window: str) -> None:
-    geometry = WINDOWS[window].geometry
-    args = tensors(WINDOWS[window], torch.float32, *LAYOUTS)
-    chosen = [args[i].requires_grad_() for i in wanted]
-    y = pk.patch_embed(*args, **geometry, backend="cpu")
-    expected = reference.patch_embed(*args, **geometry)
-    dy = torch.randn_like(y)
-    torch.testing.assert_close(
-        torch.autograd.grad(y, chosen, dy), torch.autograd.grad(expected, chosen, dy)
-    )
-
-
-@CPU
-def test_gradcheck_also_of_second_derivatives() -> None:
-    window = WINDOWS["oblong"]
-    args = [t.requires_grad_() for t in tensors(window, torch.float64, *LAYOUTS)]
-
-    def op(*args: Tensor) -> Tensor:
-        return pk.patch_embed(*args, **window.geometry, backend="cpu")
-
-    assert torch.autograd.gradcheck(op, args)
-    assert torch.autograd.gradgradcheck(op, args)
-
-
-@CPU
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_gradients_that_are_differentiated(dtype: torch.dtype) -> None:
-    window = WINDOWS["one pixel"]
-    args = [t.requires_grad_() for t in tensors(window, dtype, *LAYOUTS)]
-    y = pk.patch_embed(*args, **window.geometry, backend="cpu")
-    dy = torch.randn_like(y)
-    ours = torch.autograd.grad(y, args, dy, create_graph=True)
-    exact = cases.oracle("patch_embed", args[0], args[1:], dy, **window.geometry)[1:]
-    for a, b in zip(ours, exact, strict=True):
-        assert a.dtype == dtype and a.requires_grad
-        torch.testing.assert_close(a.double(), b, rtol=0.02, atol=0.02)
 
 
 @CPU
@@ -236,6 +74,10 @@ def test_any_strides(layout: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_opcheck(dtype: torch.dtype, layout: torch.memory_format) -> None:
+    one = tensors(WINDOWS["one pixel"], dtype, torch.contiguous_format, layout)
+    torch.library.opcheck(
+        torch.ops.poolformer_kernels.patch_embed_fwd.default, (*one, [2, 2], [1, 1], "cpu")
+    )
     args = tensors(WINDOWS["oblong"], dtype, torch.contiguous_format, layout)
     torch.library.opcheck(
         torch.ops.poolformer_kernels.patch_embed_fwd.default, (*args, [2, 3], [0, 2], "cpu")
@@ -332,22 +174,6 @@ def test_the_kernel_refuses_what_it_cannot_read(
             torch.ops.poolformer_kernels.patch_embed_bwd(
                 torch.zeros(1, 6, 4, 4), x, weight, *geometry, [True] * 3, backend
             )
-
-
-@CPU
-@pytest.mark.parametrize(
-    ("dy", "error", "message"),
-    [
-        (torch.zeros(1, 6, 4, 5), ValueError, "the output's gradient has shape"),
-        (torch.zeros(1, 6, 4, 4).half(), TypeError, "the output's gradient is Half"),
-    ],
-)
-def test_the_backward_refuses_a_gradient_that_does_not_fit(
-    dy: Tensor, error: type[Exception], message: str
-) -> None:
-    args = [torch.zeros(1, 4, 8, 8), torch.zeros(6, 4, 3, 3), [2, 2], [1, 1], [True] * 3, "cpu"]
-    with pytest.raises(error, match=message):
-        torch.ops.poolformer_kernels.patch_embed_bwd(dy, *args)
 
 
 def count_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:

@@ -170,7 +170,7 @@ struct PatchEmbedArgs {
 struct PatchEmbedBackwardArgs {
   PatchEmbedArgs shape;   // of the forward; out is dy, and nothing is planned
   void* input_gradient;   // like x
-  void* weight_gradient;  // like the weight, or null
+  void* weight_gradient;  // like the weight
   // Set by patch_embed_backward_plan. dx: a task is one of the strips of an image's rows. The
   // weight's gradient: a task is a part of the output's pixels, a group of the window's rows
   // (`lines` of them) and a part of the output channels.

@@ -56,8 +56,7 @@ static void patch_embed_backward_plan_typed(PatchEmbedBackwardArgs& args) {
   while (r * args.groups < tasks && pixels / (2 * r) >= 2 * out.channels) r *= 2;
   while (r * q * args.groups < tasks && out.channels / (2 * q) >= 64) q *= 2;
   args.pixel_parts = r, args.channel_parts = q;
-  args.in_place = r == 1 && std::is_same_v<T, A> && shape.weight_channels_last && line % n == 0 &&
-                  args.weight_gradient != nullptr;
+  args.in_place = r == 1 && std::is_same_v<T, A> && shape.weight_channels_last && line % n == 0;
 
   args.columns =
       larger((out.width - 1) * shape.stride[1] + shape.kernel[1], in.width + shape.padding[1]);
