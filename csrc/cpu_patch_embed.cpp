@@ -113,7 +113,9 @@ std::tuple<Tensor, Tensor, Tensor> patch_embed_bwd(const Tensor& dy, const Tenso
     run_kernel(kernels.patch_embed_backward_pack, args, args.panels, 1);
     run_kernel(kernels.patch_embed_backward_input, args, x.size(0) * args.strips, 1);
   }
-  if (wanted[2] && !wanted[1]) dbias = at::sum(gradient, {0, 2, 3});
+  if (wanted[2] && !wanted[1]) {  // in float64, where the order of sums does not show
+    dbias = at::sum(gradient, {0, 2, 3}, false, at::kDouble).to(x.scalar_type());
+  }
   if (wanted[1]) {
     int64_t channels = weight.size(0);
     std::vector<double> column_sums(args.pixel_parts * channels);
