@@ -145,11 +145,14 @@ def test_gradients_that_are_differentiated(dtype: torch.dtype) -> None:
     args = [t.requires_grad_() for t in tensors(window, dtype, *LAYOUTS)]
     y = pk.patch_embed(*args, **window.geometry, backend="cpu")
     dy = torch.randn_like(y)
-    ours = torch.autograd.grad(y, args, dy, create_graph=True)
     exact = cases.oracle("patch_embed", args[0], args[1:], dy, **window.geometry)[1:]
-    for a, b in zip(ours, exact, strict=True):
-        assert a.dtype == dtype and a.requires_grad
-        torch.testing.assert_close(a.double(), b, rtol=0.02, atol=0.02)
+    for _ in range(10):
+        memory = [torch.full((n,), math.nan, dtype=dtype) for n in (1152, 4608, 20000)]
+        del memory  # what reads memory that no one has set finds NaN
+        ours = torch.autograd.grad(y, args, dy, create_graph=True)
+        for a, b in zip(ours, exact, strict=True):
+            assert a.dtype == dtype and a.requires_grad
+            torch.testing.assert_close(a.double(), b, rtol=0.02, atol=0.02)
 
 
 @CPU
