@@ -67,6 +67,23 @@ def test_as_exact_as_eager(
         cases.assert_as_exact_as_eager([ours], eager, exact)
 
 
+@pytest.mark.parametrize("pool_size", [3, 5])
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+def test_pooling_moves_no_image_to_one_side(layout: str, pool_size: int, capability: str) -> None:
+    """A rounded 1/9 errs in the same direction everywhere, and layers would add that up."""
+    torch.manual_seed(0)
+    size, mean = (1, 32, 40, 40), 3.0
+    memory = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    x, dy = ((mean + torch.randn(size)).contiguous(memory_format=memory) for _ in range(2))
+    results = []
+    for dtype, backend in ((torch.float32, "cpu"), (torch.float64, "torch")):
+        leaf = x.to(dtype).requires_grad_()
+        y = pk.pool_mixer(leaf, None, None, pool_size=pool_size, backend=backend)
+        results.append((y.detach(), torch.autograd.grad(y, leaf, dy.to(dtype))[0]))
+    for ours, exact in zip(*results, strict=True):
+        assert (ours.double() - exact).mean().abs() < 5e-9 * mean
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("vectors", [0, 1, 2, 3, 70])
 @pytest.mark.parametrize("columns", [1, 2, 3, 4, 5])

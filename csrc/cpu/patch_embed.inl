@@ -16,7 +16,7 @@ PF_INLINE int64_t depth_step(int64_t depth) {
 // The longest sums, of windows of thousands of values, are added up from shorter parts. Products of
 // bfloat16 have no use for it.
 template <class F>
-constexpr int64_t kWindowSum = kStep<F> == 1 ? kDepth / 2 : kDepth * kStep<F>;
+constexpr int64_t kWindowSum = kStep<F> == 1 ? kDepth / 4 : kDepth * kStep<F>;
 
 template <class F>
 static void patch_embed_plan_typed(PatchEmbedArgs& args) {

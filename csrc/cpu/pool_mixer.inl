@@ -3,7 +3,8 @@
 #pragma once
 
 #include "statistics.inl"
-#include "stencil.inl"
+#include "stencil_planes.inl"
+#include "stencil_rows.inl"
 
 namespace poolformer::cpu::POOLFORMER_ISA {
 

@@ -2,7 +2,8 @@
 // parameters' gradients need Q = sum of g (P x - x), which is the sum of (P' g - g) (x - mean).
 #pragma once
 
-#include "stencil.inl"
+#include "stencil_planes.inl"
+#include "stencil_rows.inl"
 
 namespace poolformer::cpu::POOLFORMER_ISA {
 
