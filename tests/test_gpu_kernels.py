@@ -10,8 +10,9 @@ import cases
 import pytest
 import torch
 from cases import CASES, LAYOUTS, Case
-from kernel_checks import BACKENDS, Kernels
+from kernel_checks import BACKENDS, Kernels, on
 
+import poolformer_kernels as pk
 from poolformer_kernels import reference
 from poolformer_kernels.ops import _common
 
@@ -67,6 +68,23 @@ def test_statistics_survive_a_mean_far_from_zero(op: str, backend: str, layout: 
     rstd = 1 / (exact.var(-1, correction=0) + 1e-5).sqrt()
     torch.testing.assert_close(saved[..., 0].cpu().double(), exact.mean(-1), rtol=1e-6, atol=0)
     torch.testing.assert_close(saved[..., 1].cpu().double(), rstd, rtol=3e-6, atol=0)
+
+
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("pool_size", [3, 5])
+def test_pooling_moves_no_image_to_one_side(pool_size: int, layout: str, backend: str) -> None:
+    """A rounded 1/9 errs in the same direction everywhere, and layers would add that up."""
+    torch.manual_seed(0)
+    memory = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    means = torch.linspace(-3, 3, 16).view(1, -1, 1, 1)
+    x, dy = ((means + torch.randn(1, 16, 20, 20)).contiguous(memory_format=memory) for _ in "xy")
+    results = []
+    for dtype, device, name in ((torch.float32, "cuda", backend), (torch.float64, "cpu", "torch")):
+        leaf = x.to(device, dtype).requires_grad_()
+        y = pk.pool_mixer(leaf, None, None, pool_size=pool_size, backend=name)
+        results.append(on("cpu", y.detach(), torch.autograd.grad(y, leaf, dy.to(y))[0]))
+    for ours, exact in zip(*results, strict=True):
+        assert (ours.double() - exact).mean((2, 3)).square().mean().sqrt() < 2e-8
 
 
 @BOTH

@@ -20,25 +20,30 @@ struct Lane {
         column(column) {}
 };
 
-// 1 / (places of the window around `position` that are in 0 … size − 1); position is in it.
-__device__ __forceinline__ float inverse_count(int position, int size, int radius) {
-  const int low = max(position - radius, 0), high = min(position + radius, size - 1);
-  return __fdividef(1.f, static_cast<float>(high - low + 1));
+// Places of the window around `position` that are in 0 … size − 1; position is in it.
+__device__ __forceinline__ float count(int position, int size, int radius) {
+  return static_cast<float>(min(position + radius, size - 1) - max(position - radius, 0) + 1);
 }
 
 // The same of a window of three.
-__device__ __forceinline__ float inverse_count_of_three(int position, int size) {
+__device__ __forceinline__ float count_of_three(int position, int size) {
+  return 1.f + (position > 0 ? 1.f : 0.f) + (position + 1 < size ? 1.f : 0.f);
+}
+
+// 3 / count of a window of three, without rounding.
+__device__ __forceinline__ float weight_of_three(int position, int size) {
   const bool before = position > 0, after = position + 1 < size;
-  return before && after ? 1.f / 3.f : before || after ? 1.f / 2.f : 1.f;
+  return before && after ? 1.f : before || after ? 1.5f : 3.f;
 }
 
 // Pool<T, V, kTransposed>: prefetch(row, end), begin(row, centre), then next(row, …) for each of
 // the rows [row, end), which gives Px − x and x. kTransposed: values are divided by the counts of
-// their own windows before they are summed.
+// their own windows before they are summed, which the largest count multiplies.
 //
 // P·1 = 1, so a constant cancels in Px − x, and for float32 `centre` is subtracted first to keep
 // digits: a mean of 30 standard deviations costs five bits. 16-bit values were rounded at 2^-12 or
-// coarser, beside which float32's roundings of their sums are nothing.
+// coarser, beside which float32's roundings of their sums are nothing. Px − x is (n·Px − n·x) / n:
+// a rounded 1/n times the sum would move every image to one side.
 template <class T, bool kTransposed>
 constexpr bool kCentred = sizeof(T) == 4 && !kTransposed;
 
@@ -58,11 +63,12 @@ class RollingPool {
         // Outside the weight is 0, and the lane's own value stands for what is not there.
         to_left_(lane.column > 0 ? -lane.column_stride : 0),
         to_right_(lane.column + 1 < lane.width ? lane.column_stride : 0) {
-    middle_ = inverse_count_of_three(lane.column, lane.width);
-    left_ = right_ = 1.f;
+    middle_ = left_ = right_ = 1.f;
+    count_ = count_of_three(lane.column, lane.width);
     if (kTransposed) {
-      left_ = inverse_count_of_three(lane.column - 1, lane.width);
-      right_ = inverse_count_of_three(lane.column + 1, lane.width);
+      middle_ = weight_of_three(lane.column, lane.width);
+      left_ = weight_of_three(lane.column - 1, lane.width);
+      right_ = weight_of_three(lane.column + 1, lane.width);
     }
     if (to_left_ == 0) left_ = 0.f;
     if (to_right_ == 0) right_ = 0.f;
@@ -93,12 +99,13 @@ class RollingPool {
     row_sums(raw_, row + 1, below);
     own_ = raw_.middle;
     if (row + 1 < last_) raw_ = next_row();
-    const float scale = kTransposed ? 1.f : middle_ * inverse_count_of_three(row, height_);
+    const float places = kTransposed ? 9.f : count_ * count_of_three(row, height_);
+    const float inverse = kTransposed ? 1.f / 9.f : __fdividef(1.f, places);
 #pragma unroll
     for (int i = 0; i < V; ++i) {
       const float sum = above_[i] + here_[i] + below[i];
       const float from = kCentred<T, kTransposed> ? own[i] - centre_ : own[i];
-      difference[i] = kTransposed ? sum - from : sum * scale - from;
+      difference[i] = (sum - places * from) * inverse;
       above_[i] = here_[i];
       here_[i] = below[i];
     }
@@ -134,7 +141,7 @@ class RollingPool {
     unpack(raw.left, left);
     unpack(raw.middle, middle);
     unpack(raw.right, right);
-    const float scale = kTransposed ? inverse_count_of_three(row, height_) : 1.f;
+    const float scale = kTransposed ? weight_of_three(row, height_) : 1.f;
     const float by_left = left_ * scale, by_middle = middle_ * scale, by_right = right_ * scale;
 #pragma unroll
     for (int i = 0; i < V; ++i) {
@@ -151,7 +158,7 @@ class RollingPool {
 
   const T* next_;  // the row that is read next
   const int row_stride_, height_, to_left_, to_right_;
-  float left_, middle_, right_, centre_;
+  float left_, middle_, right_, count_, centre_;
   int last_;             // row that is read
   Row raw_above_, raw_;  // of rows row − 1 and row until begin(), then raw_ of row + 1
   Pack<T, V> own_;
@@ -181,27 +188,37 @@ class WholePool {
     float sums[V] = {};
     for (int y = top; y <= bottom; ++y) {
       for (int x = first; x <= last; ++x) {
-        const float scale = kTransposed ? inverse_count(y, lane_.height, radius_) *
-                                              inverse_count(x, lane_.width, radius_)
-                                        : 1.f;
+        const float scale = kTransposed ? weight(y, x) : 1.f;
         float values[V];
         unpack(at(y, x), values);
 #pragma unroll
         for (int i = 0; i < V; ++i) sums[i] += scale * (values[i] - centre_);
       }
     }
-    const float scale = kTransposed ? 1.f
-                                    : inverse_count(row, lane_.height, radius_) *
-                                          inverse_count(lane_.column, lane_.width, radius_);
+    const float places =
+        kTransposed ? most() : static_cast<float>((bottom - top + 1) * (last - first + 1));
+    const float inverse = __fdividef(1.f, places);
     unpack(at(row, lane_.column), own);
 #pragma unroll
-    for (int i = 0; i < V; ++i) difference[i] = sums[i] * scale - (own[i] - centre_);
+    for (int i = 0; i < V; ++i) difference[i] = (sums[i] - places * (own[i] - centre_)) * inverse;
   }
 
  private:
   __device__ __forceinline__ Pack<T, V> at(int row, int column) const {
     return load<V>(lane_.data +
                    (row * lane_.row_stride + (column - lane_.column) * lane_.column_stride));
+  }
+
+  __device__ __forceinline__ float most() const {
+    const int rows = min(2 * radius_ + 1, lane_.height),
+              columns = min(2 * radius_ + 1, lane_.width);
+    return static_cast<float>(rows * columns);
+  }
+
+  // The largest count over that of a place: exactly 1 inside.
+  __device__ __forceinline__ float weight(int row, int column) const {
+    const float places = count(row, lane_.height, radius_) * count(column, lane_.width, radius_);
+    return places == most() ? 1.f : __fdividef(most(), places);
   }
 
   const Lane<T> lane_;

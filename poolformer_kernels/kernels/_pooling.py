@@ -119,22 +119,28 @@ def row_of(view, row):
 
 
 @triton.jit
-def inverse_count(position, size, radius):
-    """1 / (how many of the window's places around `position` are in 0 … size − 1)."""
+def count(position, size, radius):
+    """How many of the window's places around `position` are in 0 … size − 1; 1 if none is."""
     low = tl.maximum(position - radius, 0)
     high = tl.minimum(position + radius, size - 1)
-    return 1.0 / tl.maximum(high - low + 1, 1).to(tl.float32)
+    return tl.maximum(high - low + 1, 1).to(tl.float32)
+
+
+@triton.jit
+def most(size, radius):
+    """The largest count."""
+    return tl.minimum(2 * radius + 1, size).to(tl.float32)
 
 
 @triton.jit
 def _shifted(pointers, shift, row_mask, view, centre, TRANSPOSED: tl.constexpr):
-    """x − centre, `shift` columns further, divided by its window's width if TRANSPOSED."""
+    """x − centre, `shift` columns further; if TRANSPOSED, weighed as in `_row_sums`."""
     columns, _, _, _, width, radius, _, column_stride = view
     column = columns + shift
     mask = row_mask & ((column >= 0) & (column < width))[:, None]
     values = tl.load(pointers + shift * column_stride, mask=mask, other=0.0).to(tl.float32) - centre
     if TRANSPOSED:
-        values *= inverse_count(column, width, radius)[:, None]
+        values *= (most(width, radius) / count(column, width, radius))[:, None]
     return tl.where(mask, values, 0.0)
 
 
@@ -142,7 +148,8 @@ def _shifted(pointers, shift, row_mask, view, centre, TRANSPOSED: tl.constexpr):
 def _row_sums(base, row, view, centre, TRANSPOSED: tl.constexpr, ROLLING: tl.constexpr):
     """(sums along one row of x − centre over each window, x): (COLUMNS, CHANNELS) each.
 
-    TRANSPOSED: values are divided by the counts of their own windows before they are summed.
+    TRANSPOSED: values are divided by the counts of their own windows before they are summed, which
+    the largest count multiplies: without rounding, if windows are 3×3.
     """
     columns, _, channel_mask, height, width, radius, _, _ = view
     offsets, mask = row_of(view, row)
@@ -151,7 +158,7 @@ def _row_sums(base, row, view, centre, TRANSPOSED: tl.constexpr, ROLLING: tl.con
     middle = tl.load(pointers, mask=mask, other=0.0)
     total = tl.where(mask, middle.to(tl.float32) - centre, 0.0)
     if TRANSPOSED:
-        total *= inverse_count(columns, width, radius)[:, None]
+        total *= (most(width, radius) / count(columns, width, radius))[:, None]
     if ROLLING:
         total += _shifted(pointers, -1, row_mask, view, centre, TRANSPOSED)
         total += _shifted(pointers, 1, row_mask, view, centre, TRANSPOSED)
@@ -160,7 +167,7 @@ def _row_sums(base, row, view, centre, TRANSPOSED: tl.constexpr, ROLLING: tl.con
             total += _shifted(pointers, -shift, row_mask, view, centre, TRANSPOSED)
             total += _shifted(pointers, shift, row_mask, view, centre, TRANSPOSED)
     if TRANSPOSED:
-        total *= inverse_count(row, height, radius)
+        total *= most(height, radius) / count(row, height, radius)
     return total, middle
 
 
@@ -183,7 +190,11 @@ def first_rows(base, row, view, centre, TRANSPOSED: tl.constexpr, ROLLING: tl.co
 def pooled_row(
     base, row, view, centre, above, here, values, TRANSPOSED: tl.constexpr, ROLLING: tl.constexpr
 ):
-    """(P(x − centre) or Pᵀ(x − centre) of a row, x of the row, and what the next row needs)."""
+    """(Px − x or Pᵀx − x of a row, x of the row, and what the next row needs).
+
+    Px − x is (n·Px − n·x) / n: a rounded 1/n times the sum would move every image to one side.
+    TRANSPOSED: n is the largest count.
+    """
     columns, _, _, height, width, radius, _, _ = view
     if ROLLING:
         below, next_values = _row_sums(base, row + 1, view, centre, TRANSPOSED, True)
@@ -196,9 +207,13 @@ def pooled_row(
             upper = _row_sums(base, row - distance, view, centre, TRANSPOSED, False)[0]
             lower = _row_sums(base, row + distance, view, centre, TRANSPOSED, False)[0]
             total += upper + lower
-    if not TRANSPOSED:
-        total *= inverse_count(row, height, radius) * inverse_count(columns, width, radius)[:, None]
-    return total, values.to(tl.float32), above, here, next_values
+    middle = values.to(tl.float32)
+    if TRANSPOSED:
+        places = most(height, radius) * most(width, radius)
+    else:
+        places = count(row, height, radius) * count(columns, width, radius)[:, None]
+    difference = (total - places * (middle - centre)) * (1.0 / places)
+    return difference, middle, above, here, next_values
 
 
 @triton.jit

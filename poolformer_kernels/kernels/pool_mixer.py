@@ -72,10 +72,10 @@ def forward_kernel(
     lane_m2 = tl.zeros((COLUMNS, CHANNELS), tl.float32)
     above, here, values = first_rows(x + offset, first_row, view, mean, False, ROLLING)
     for row in range(first_row, first_row + rows):
-        pooled, middle, above, here, values = pooled_row(
+        difference, middle, above, here, values = pooled_row(
             x + offset, row, view, mean, above, here, values, False, ROLLING
         )
-        result = (middle + scale * (pooled - (middle - mean))).to(y.dtype.element_ty)
+        result = (middle + scale * difference).to(y.dtype.element_ty)
         offsets, mask = row_of(view, row)
         tl.store(y + offset + offsets, result, mask=mask)
         if stats_out is not None:

@@ -8,6 +8,8 @@ writes dx), and the parameters' gradients, summed over the partial sums in a fix
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -67,10 +69,10 @@ def reduce_kernel(
         for row in range(first_row, first_row + rows):
             offsets, mask = row_of(view, row)
             g = tl.load(dy + offset + offsets, mask=mask, other=0.0).to(tl.float32)
-            pooled, middle, above, here, values = pooled_row(
+            difference, _middle, above, here, values = pooled_row(
                 x + offset, row, view, mean, above, here, values, False, ROLLING
             )
-            products += g * (pooled - (middle - mean))
+            products += g * difference
     q = tl.sum(products, axis=0)
     offset, channel_index, channel_mask, view = view_of(
         image_group, 0, channel, channels, group_channels, height, width, radius,
@@ -114,12 +116,12 @@ def apply_kernel(
     scale = (rstd * scale)[None, :]
     above, here, values = first_rows(dy + offset, first_row, view, 0.0, True, ROLLING)
     for row in range(first_row, first_row + rows):
-        pooled, g, above, here, values = pooled_row(
+        difference, g, above, here, values = pooled_row(
             dy + offset, row, view, 0.0, above, here, values, True, ROLLING
         )
         offsets, mask = row_of(view, row)
         centred = tl.load(x + offset + offsets, mask=mask, other=0.0).to(tl.float32) - mean
-        result = g + scale * (pooled - g) - along_x * centred
+        result = g + scale * difference - along_x * centred
         tl.store(dx + offset + offsets, result.to(dx.dtype.element_ty), mask=mask)
 
 
@@ -162,6 +164,9 @@ def backward(
     programs = batch * num_groups * channel_blocks * tile.row_blocks(height)
     # At least twice the rows: at 7x7 a second row of partial sums would cost 0.1 passes over x.
     reducing = tile.taller(max(2, programs // REDUCING_PROGRAMS), height)
+    if x.element_size() == 4:  # one vector a thread: with two, sm_90 spills
+        threads = tile.columns * tile.channels // 4
+        reducing = replace(reducing, threads=max(tile.threads, threads))
     parts = reducing.row_blocks(height)
     channel_sums = x.new_empty((batch, parts, channels), dtype=torch.float32)
     group_sums = x.new_empty((batch, num_groups, parts * channel_blocks), dtype=torch.float32)
@@ -183,7 +188,7 @@ def backward(
                 group_sums,
                 *sizes,
                 reducing.rows,
-                **layout,
+                **{**layout, **options(reducing)},
                 **blocks,
             )
             tiles = tile.row_blocks(height) * tile.column_blocks(width) * channel_blocks
