@@ -66,6 +66,8 @@ static void gemm(const T* weight, int64_t stride, int64_t rows, int64_t depth, c
   using A = Acc<T>;
   using F = Factor<T>;
   constexpr int n = kPanel<A>, w = kLanes<A>;
+  // Vectors a row: one alone loads more than it multiplies, and AVX-512 has registers for three.
+  constexpr int kMost = kBytes == 64 && kStep<F> == 1 ? 3 : 2;
   F* memory = reinterpret_cast<F*>(spare);
   F* columns = memory + kGroup * kRows * (depth + 1);
   int last_columns = static_cast<int>(last_lanes % w);
@@ -84,6 +86,10 @@ static void gemm(const T* weight, int64_t stride, int64_t rows, int64_t depth, c
     int64_t share = (ahead.left() + turns - 1) / turns;  // asked for at once, more would wait
     for (int64_t p = 0; p < panels; ++p) {
       A* to = out + p * out_stride + r * n;
+      int64_t vectors = p + 1 < panels ? 2 : last_vectors;
+      if (kMost == 3 && panels > 1 && last_vectors == 1) {  // which the panel before takes in
+        vectors = p + 2 == panels ? 3 : p + 1 == panels ? 0 : 2;
+      }
       for (int64_t k = 0; k < depth; k += most) {
         int64_t size = smaller(depth - k, most), steps = steps_of<F>(size);
         const F* from = in + p * in_stride + place<F>(k, 0);
@@ -92,8 +98,11 @@ static void gemm(const T* weight, int64_t stride, int64_t rows, int64_t depth, c
           int count = static_cast<int>(smaller(group - i, kRows));
           const F* block = left + i * left_stride + k;
           ahead.ask(share);
-          int64_t vectors = p + 1 < panels ? 2 : last_vectors;
-          if (vectors == 2) {
+          if (vectors == 3) {
+            multiply_rows<false, F, kRows, kMost>(count, block, left_stride, from, kPanelStep<F>,
+                                                  steps, to + i * n, n, more,
+                                                  {in_stride, out_stride});
+          } else if (vectors == 2) {
             multiply_rows<false, F, kRows, 2>(count, block, left_stride, from, kPanelStep<F>, steps,
                                               to + i * n, n, more);
           } else if (vectors == 1) {

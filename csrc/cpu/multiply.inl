@@ -23,18 +23,23 @@ constexpr int64_t row_at(int64_t row, int64_t stride) {
   return row * (kColumns ? kStep<F> : stride);
 }
 
+// Of a third vector a row, the first of the next panel: its distance from this panel's.
+struct Next {
+  int64_t right, out;
+};
+
 // Steps in the body of a loop: 3 in columns would be 6 % slower.
 template <bool kColumns>
 constexpr int kUnroll = kColumns ? 2 : 3;
 
 template <bool kColumns, class F, int kCount, int kVectors>
-PF_INLINE void multiply_step(const F* const* rows, int64_t stride, const F* panel, int64_t step,
-                             Vec<Acc<F>> (&sums)[kCount][kVectors]) {
+PF_INLINE void multiply_step(const F* const* rows, int64_t stride, const F* panel, int64_t next,
+                             int64_t step, Vec<Acc<F>> (&sums)[kCount][kVectors]) {
   using A = Acc<F>;
   Vec<A> in[kVectors];
-#pragma GCC unroll 2
+#pragma GCC unroll 3
   for (int j = 0; j < kVectors; ++j) {
-    in[j] = load_factors(panel + j * kLanes<A> * kStep<F>);
+    in[j] = load_factors(panel + (j == 2 ? next : j * kLanes<A> * kStep<F>));
     PF_KEEP(in[j]);
   }
 #pragma GCC unroll 16
@@ -42,7 +47,7 @@ PF_INLINE void multiply_step(const F* const* rows, int64_t stride, const F* pane
     const F* left = kColumns ? rows[0] + step * stride + i * kStep<F> : rows[i] + step * kStep<F>;
     Vec<A> value = splat_factors(left);
     PF_KEEP(value);
-#pragma GCC unroll 2
+#pragma GCC unroll 3
     for (int j = 0; j < kVectors; ++j) sums[i][j] = add_product<F>(sums[i][j], value, in[j]);
   }
 }
@@ -58,14 +63,14 @@ struct Panels {
 template <bool kColumns, class F, int kCount, int kVectors>
 static __attribute__((noinline)) void multiply(const F* left, int64_t left_stride, const F* panel,
                                                int64_t panel_stride, int64_t steps, Acc<F>* out,
-                                               int64_t out_stride, bool add) {
+                                               int64_t out_stride, bool add, Next next) {
   using A = Acc<F>;
   constexpr int w = kLanes<A>;
   Vec<A> sums[kCount][kVectors];
 #pragma GCC unroll 16
   for (int i = 0; i < kCount; ++i) {
     __builtin_prefetch(out + i * out_stride);
-#pragma GCC unroll 2
+#pragma GCC unroll 3
     for (int j = 0; j < kVectors; ++j) sums[i][j] = Vec<A>{};
   }
   const F* rows[kCount];
@@ -76,18 +81,19 @@ static __attribute__((noinline)) void multiply(const F* left, int64_t left_strid
   for (; k + kUnroll<kColumns> <= steps; k += kUnroll<kColumns>) {
 #pragma GCC unroll 4
     for (int u = 0; u < kUnroll<kColumns>; ++u) {
-      multiply_step<kColumns>(rows, left_stride, panel + (k + u) * panel_stride, k + u, sums);
+      multiply_step<kColumns>(rows, left_stride, panel + (k + u) * panel_stride, next.right, k + u,
+                              sums);
     }
   }
 #pragma GCC unroll 1
   for (; k < steps; ++k) {
-    multiply_step<kColumns>(rows, left_stride, panel + k * panel_stride, k, sums);
+    multiply_step<kColumns>(rows, left_stride, panel + k * panel_stride, next.right, k, sums);
   }
 #pragma GCC unroll 16
   for (int i = 0; i < kCount; ++i) {
-#pragma GCC unroll 2
+#pragma GCC unroll 3
     for (int j = 0; j < kVectors; ++j) {
-      A* to = out + i * out_stride + j * w;
+      A* to = out + i * out_stride + (j == 2 ? next.out : j * w);
       store(to, add ? load(to) + sums[i][j] : sums[i][j]);
     }
   }
@@ -96,14 +102,14 @@ static __attribute__((noinline)) void multiply(const F* left, int64_t left_strid
 template <bool kColumns, class F, int kCount, int kVectors>
 static void multiply_rows(int count, const F* left, int64_t left_stride, const F* panel,
                           int64_t panel_stride, int64_t steps, Acc<F>* out, int64_t out_stride,
-                          bool add) {
+                          bool add, Next next = {}) {
   if constexpr (kCount > 0) {
     if (count == kCount) {
       return multiply<kColumns, F, kCount, kVectors>(left, left_stride, panel, panel_stride, steps,
-                                                     out, out_stride, add);
+                                                     out, out_stride, add, next);
     }
     multiply_rows<kColumns, F, kCount - 1, kVectors>(count, left, left_stride, panel, panel_stride,
-                                                     steps, out, out_stride, add);
+                                                     steps, out, out_stride, add, next);
   }
 }
 
