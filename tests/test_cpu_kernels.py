@@ -190,6 +190,24 @@ def test_same_bits_on_any_number_of_threads(
         assert all(map(torch.equal, results[0], other))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_same_bits_whether_threads_share_pixels_or_not(
+    dtype: torch.dtype, capability: str, threads: Callable[[int], None]
+) -> None:
+    """Two threads have tiles of their own here, where one and eight share all pixels."""
+    torch.manual_seed(0)
+    channels, hidden = 40, 1400  # more than one chunk of the hidden
+    x = torch.randn(1, channels, 14, 14).to(dtype)
+    fc1, fc2 = (torch.randn(*s) / s[1] ** 0.5 for s in ((hidden, channels), (channels, hidden)))
+    weights = (fc1.to(dtype), torch.randn(hidden).to(dtype), fc2.to(dtype), None)
+    results = []
+    for count in (1, 2, 8):
+        threads(count)
+        results.append(pk.mlp(x, None, None, *weights, backend="cpu", return_stats=True))
+    for z, stats in results[1:]:
+        assert torch.equal(z, results[0][0]) and torch.equal(stats, results[0][1])
+
+
 def activations(act: str, values: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """act(values), through an MLP: fc1 is zero with bias `values`, fc2 the identity."""
     out = []

@@ -59,6 +59,22 @@ def test_same_bits_on_any_number_of_threads(
 
 
 @CPU
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_same_bits_whether_threads_share_pixels_or_not(
+    dtype: torch.dtype, capability: str, threads: Callable[[int], None]
+) -> None:
+    """Two threads have tiles of their own here, where one and eight share all pixels."""
+    torch.manual_seed(0)
+    side = {"default": 14, "avx2": 22}.get(capability, 28)  # of 6 to 11 panels
+    x, weight = torch.randn(1, 90, side, side).to(dtype), torch.randn(20, 90, 3, 3).to(dtype)
+    results = []
+    for count in (1, 2, 8):
+        threads(count)
+        results.append(pk.patch_embed(x, weight, stride=2, padding=1, backend="cpu"))
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@CPU
 @pytest.mark.parametrize("layout", cases.LAYOUTS[2:])
 def test_any_strides(layout: str) -> None:
     x = torch.randn(2, 4, 9, 8)

@@ -8,6 +8,12 @@ namespace poolformer::cpu::POOLFORMER_ISA {
 
 constexpr int64_t kDepth = 320;  // steps of a sum; sums of parts have half the error of a long one
 
+// Whether there are enough panels for threads to take tiles of their own, so that they share no
+// more than the weights: where they have no cache in common, what one writes is far from the other.
+PF_INLINE bool own_tiles(int64_t panels, int64_t threads) {
+  return threads > 1 && panels >= 3 * threads;
+}
+
 // Blocks of rows that a part of a panel is multiplied with while it is in the first-level cache.
 constexpr int64_t kGroup = POOLFORMER_GROUP;
 

@@ -111,8 +111,8 @@ struct MlpArgs {
   int64_t hidden;
   void* kept;  // (batch * pixels, hidden), fc1's result, or null
   int64_t threads;
-  // Set by mlp_plan. Pixels of all images in a row make panels. Where there are many, a task is a
-  // tile of them and takes the hidden in chunks. Where there are few, tiles is 0 and the two
+  // Set by mlp_plan. Pixels of all images in a row make panels. Where there are enough for all
+  // threads, a task is a tile of them and takes the hidden in chunks. Else tiles is 0 and the two
   // products are phases: a task is a block of a weight's rows, and threads share what lies between.
   int64_t panels, tiles, chunk, slots, fc1_blocks, fc2_blocks;
   size_t shared_bytes;
@@ -153,8 +153,8 @@ struct PatchEmbedArgs {
   const void* bias;                          // (out.channels) or null
   int64_t kernel[2], stride[2], padding[2];  // of height and width
   int64_t threads;
-  // Set by patch_embed_plan. Output pixels make panels. Where there are many, a task is a tile of
-  // them; where there are few, tiles is 0, threads share the panels, and a task is a block of the
+  // Set by patch_embed_plan. Output pixels make panels. Where there are enough for all threads, a
+  // task is a tile of them; else tiles is 0, threads share the panels, and a task is a block of the
   // weight's rows.
   int64_t panels, tiles, blocks;
   size_t shared_bytes;

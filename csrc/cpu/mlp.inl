@@ -13,16 +13,29 @@ static void mlp_plan_typed(MlpArgs& args) {
   int64_t x_bytes = panel_values<F>(in.channels) * sizeof(F);
   args.panels = (in.batch * in.pixels() + n - 1) / n;
   args.slots = (in.pixels() + n - 1) / n + 1;
+  auto tiles_of = [&](int64_t chunk, int64_t least) {
+    int64_t most = l2_bytes() * 3 / 4 / (x_bytes + (in.channels + chunk) * unit);
+    most = smaller(larger(most, least), 64);  // fewer would read the weights too often
+    return (args.panels + most - 1) / most;
+  };
   args.chunk = smaller(args.hidden, POOLFORMER_CHUNK * kStep<F>);
-  int64_t most = l2_bytes() * 3 / 4 / (x_bytes + (in.channels + args.chunk) * unit);
-  most = smaller(larger(most, 16), 64);  // fewer would read the weights too often
-  int64_t tiles = (args.panels + most - 1) / most;
-  bool many = args.panels >= 32 || tiles >= 8;  // by shape alone: it has a say in how sums are cut
-  args.tiles = many ? smaller(round_up(tiles, 2 * args.threads), args.panels) : 0;
+  args.tiles = tiles_of(args.chunk, 16);
+  // By shape alone: it has a say in how sums are cut.
+  bool many = args.panels >= 32 || args.tiles >= 8;
+  if (many) {
+    args.tiles = smaller(round_up(args.tiles, 2 * args.threads), args.panels);
+  } else {
+    // Both plans for few pixels add up the same parts: chunks end where parts do.
+    args.chunk = smaller(args.hidden, 2 * kDepth);
+    args.tiles = own_tiles(args.panels, args.threads)
+                     ? smaller(round_up(tiles_of(args.chunk, 7), args.threads), args.panels)
+                     : 0;
+  }
   args.fc1_blocks = (args.hidden + kRows - 1) / kRows;
   args.fc2_blocks = (in.channels + kRows - 1) / kRows;
   int64_t hidden_bytes = panel_values<F>(args.hidden) * sizeof(F);
-  args.shared_bytes = many ? 0 : args.panels * (in.channels * unit + x_bytes + hidden_bytes);
+  args.shared_bytes =
+      args.tiles > 0 ? 0 : args.panels * (in.channels * unit + x_bytes + hidden_bytes);
 }
 
 static void mlp_plan(MlpArgs& args) {
@@ -31,7 +44,7 @@ static void mlp_plan(MlpArgs& args) {
   });
 }
 
-// Many pixels: tiles of them, whose hidden is made and used in chunks that stay in the cache.
+// Tiles of pixels, whose hidden is made and used in chunks that stay in the cache.
 
 template <class T, class W>
 struct MlpTile {
@@ -97,8 +110,8 @@ static void mlp_tiles(const MlpArgs& args, int64_t begin, int64_t end) {
   });
 }
 
-// Few pixels: the time goes to reading the weights. Each product is a phase of its own, whose
-// threads read different rows, each row once and as a whole.
+// Fewer pixels than tiles for all threads take: the time goes to reading the weights. Each product
+// is a phase of its own, whose threads read different rows, each row once and as a whole.
 
 // What the phases share: GN(x), fc2's sums and the hidden.
 template <class F>

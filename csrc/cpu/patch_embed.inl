@@ -6,17 +6,18 @@
 
 namespace poolformer::cpu::POOLFORMER_ISA {
 
-// The depth of one product: a panel and a block of rows stay in the first-level cache.
-template <class F>
-PF_INLINE int64_t depth_step(int64_t depth) {
-  int64_t most = kDepth * kStep<F>, steps = (depth + most - 1) / most;
-  return round_up((depth + steps - 1) / steps, 2);
-}
-
 // The longest sums, of windows of thousands of values, are added up from shorter parts. Products of
 // bfloat16 have no use for it.
 template <class F>
 constexpr int64_t kWindowSum = kStep<F> == 1 ? kDepth / 4 : kDepth * kStep<F>;
+
+// The depth of one product: a panel and a block of rows stay in the first-level cache. It ends
+// where a part of the sums does.
+template <class F>
+PF_INLINE int64_t depth_step(int64_t depth) {
+  int64_t most = kDepth * kStep<F>, steps = (depth + most - 1) / most;
+  return round_up((depth + steps - 1) / steps, kWindowSum<F>);
+}
 
 template <class F>
 static void patch_embed_plan_typed(PatchEmbedArgs& args) {
@@ -28,7 +29,7 @@ static void patch_embed_plan_typed(PatchEmbedArgs& args) {
   most = smaller(larger(most, 8), 64);
   int64_t tiles = (args.panels + most - 1) / most;
   if (tiles < 4 * args.threads) tiles = smaller(round_up(tiles, args.threads), args.panels);
-  bool many = args.panels >= 12;  // by shape alone: it has a say in how sums are cut
+  bool many = args.panels >= 12 || own_tiles(args.panels, args.threads);  // sums are the same
   args.tiles = many ? tiles : 0;
   args.blocks = (channels + kRows - 1) / kRows;
   args.shared_bytes = many ? 0 : args.panels * panel_values<F>(depth) * sizeof(F);
@@ -55,7 +56,7 @@ static void write_panels(const PatchEmbedArgs& args, int64_t first, int64_t last
   }
 }
 
-// Many pixels: a task is a tile of panels.
+// Enough pixels for all threads: a task is a tile of panels.
 static void patch_embed_tiles(const PatchEmbedArgs& args, int64_t begin, int64_t end) {
   with_type(args.in.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
@@ -85,7 +86,8 @@ static void patch_embed_tiles(const PatchEmbedArgs& args, int64_t begin, int64_t
   });
 }
 
-// Few pixels: packing and the product are phases, as in the MLP, and a weight's row is read once.
+// Fewer pixels than that: packing and the product are phases, as in the MLP, and a weight's row is
+// read once.
 static void patch_embed_pack(const PatchEmbedArgs& args, int64_t begin, int64_t end) {
   with_type(args.in.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
