@@ -113,7 +113,8 @@ std::tuple<Tensor, Tensor, Tensor> pool_mixer_fwd(const Tensor& x, const Optiona
   cpu::PoolMixerArgs args{};
   args.in = t.image, args.out = t.out.mutable_data_ptr();
   args.norm_weight = gamma.data(), args.layer_scale = scale.data();
-  args.drop_path = k.data(), args.rstd = moments.rstd.data();
+  args.drop_path = k.data();
+  args.mean = moments.mean.data(), args.rstd = moments.rstd.data();
   args.pool_size = pool_size;
   Partials partials = run_pool_mixer(kernels, args, return_stats);
   return {t.out, write_moments(moments, t),

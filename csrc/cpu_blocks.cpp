@@ -70,7 +70,7 @@ Tensor blocks_fwd(const Tensor& x, const c10::List<OptionalTensor>& parameters, 
     cpu::PoolMixerArgs first{};
     first.in = image, first.out = y;
     first.norm_weight = gamma1.data(), first.layer_scale = scale1.data();
-    first.rstd = before.rstd.data();
+    first.mean = before.mean.data(), first.rstd = before.rstd.data();
     first.pool_size = pool_size;
     statistics = rounded(run_pool_mixer(kernels, first, true), x);
 

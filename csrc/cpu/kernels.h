@@ -61,7 +61,7 @@ struct PoolMixerArgs {
   void* out;
   const void *norm_weight, *layer_scale;  // (channels) or null
   const double* drop_path;                // (batch) or null
-  const double* rstd;                     // (batch, groups)
+  const double *mean, *rstd;              // (batch, groups)
   int64_t pool_size;
   int64_t tasks;      // per image
   int64_t slots;      // per image and group

@@ -81,13 +81,23 @@ static void mix_rows(const PoolMixerArgs& args, int64_t begin, int64_t end) {
     if (task.image != last_image) mixer_coefficients<T>(args, task.image, scale, spare);
     last_image = task.image;
     T* to = y + task.image * image_size;
+    int64_t pixels = (task.last - task.first) * in.width, count = pixels * in.channels;
+    RunningStatistics<T> statistics(static_cast<A>(args.mean[task.image * in.groups]));
     pool(as<T>(in.data) + task.image * image_size, task.first, task.last,
          [&](int64_t at, int64_t c, auto u, auto center) {
-           store_as(to + at, center + u * load_as<decltype(u)>(scale + c));
+           using V = decltype(u);
+           V v = center + u * load_as<V>(scale + c);
+           store_as(to + at, v);
+           if constexpr (kManyRegisters) {
+             statistics.add(std::is_same_v<T, A> ? v : load_as<V>(to + at));  // as it is rounded
+           }
          });
-    for (int64_t g = 0; args.partials && g < in.groups; ++g) {
-      args.partials[(task.image * in.groups + g) * args.slots + task.strip] = pixel_statistics(
-          in, y, task.image, g, task.first * in.width, (task.last - task.first) * in.width);
+    if (!args.partials) continue;
+    Partial* partials = args.partials + task.image * in.groups * args.slots + task.strip;
+    if (in.groups == 1 && statistics.get(count, *partials)) continue;
+    for (int64_t g = 0; g < in.groups; ++g) {
+      partials[g * args.slots] =
+          pixel_statistics(in, y, task.image, g, task.first * in.width, pixels);
     }
   }
 }

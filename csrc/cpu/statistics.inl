@@ -90,6 +90,44 @@ static Partial pixel_statistics(const Image& in, const T* base, int64_t image, i
   return region_statistics(p, channels, count, in.pixels());
 }
 
+// Sums of differences from a value that is expected near the mean, taken while values are written:
+// of y = x + k rstd s (P x - x), the mean of x. Where registers are few, they are not taken.
+template <class T>
+class RunningStatistics {
+  using A = Acc<T>;
+  static constexpr int64_t kMost = 2048 * kLanes<A>;  // values, for the rounding of their sums
+
+ public:
+  explicit RunningStatistics(A near) : near_(near) {}
+
+  PF_INLINE_METHOD void add(Vec<A> v) {
+    Vec<A> d = v - near_;
+    differences_ += d;
+    squares_ += d * d;
+  }
+  PF_INLINE_METHOD void add(A v) {
+    A d = v - near_;
+    difference_ += d;
+    square_ += d * d;
+  }
+
+  // False if they are not to be had from here: `near` was so far from the mean that m2 would have
+  // an error of more than kSample roundings, or there were too many values or registers too few.
+  bool get(int64_t count, Partial& out) const {
+    if (!kManyRegisters || count > kMost) return false;
+    double n = static_cast<double>(count);
+    double difference = static_cast<double>(sum_lanes<A>(differences_)) + difference_;
+    double square = static_cast<double>(sum_lanes<A>(squares_)) + square_;
+    double m2 = square - difference * difference / n;
+    out = {n, near_ + difference / n, m2};
+    return !(m2 * kSample < square);  // NaN is a result
+  }
+
+ private:
+  A near_, difference_ = 0, square_ = 0;
+  Vec<A> differences_ = {}, squares_ = {};
+};
+
 // A chunk is a run of channels (NCHW) or of pixels (channels_last) of one image and group.
 static int64_t statistics_step(const Image& in) {
   int64_t unit = in.channels_last ? in.group_channels() : in.pixels();

@@ -7,7 +7,8 @@
 
 namespace poolformer::cpu::POOLFORMER_ISA {
 
-constexpr int64_t kStrip = 2048;  // values of a task, about
+constexpr int64_t kStrip = 2048;                         // values of a task, about
+constexpr int64_t kRowsAtOnce = kManyRegisters ? 2 : 1;  // in channels_last
 
 // How an image is cut. NCHW: `planes` channels of one group, or `rows` rows of one channel.
 // channels_last: `rows` rows.
@@ -20,6 +21,7 @@ struct PoolCut {
     int64_t plane = in.channels_last ? in.width * in.channels * in.height : in.pixels();
     strips = smaller(in.height, larger(1, plane / kStrip));
     rows = (in.height + strips - 1) / strips;
+    if (in.channels_last) rows = larger(rows, smaller(kRowsAtOnce, in.height));
     strips = (in.height + rows - 1) / rows;
     planes =
         in.channels_last ? in.channels : smaller(in.group_channels(), larger(1, kStrip / plane));

@@ -54,6 +54,61 @@ class PlanePool {
   // (or its transpose) and center = x, of which `count` lanes lie in the row, at offset `at`.
   template <class F>
   PF_INLINE_METHOD void operator()(const T* x, int64_t first, int64_t last, F&& f) {
+    int64_t vectors = cut_.pad_h == 1 && cut_.pad_w == 1 ? wide_ / w : 0;
+    if (vectors == 1) return slide<1>(x, first, last, f);
+    if (vectors == 2) return slide<2>(x, first, last, f);
+    if (vectors == 3) return slide<3>(x, first, last, f);
+    if (vectors == 4) return slide<4>(x, first, last, f);
+    through_memory(x, first, last, f);
+  }
+
+ private:
+  // Windows of three by three, rows of kCount vectors: three of them stay in registers.
+  template <int kCount, class F>
+  PF_INLINE_METHOD void slide(const T* x, int64_t first, int64_t last, F&& f) {
+    int64_t height = in_.height, width = in_.width, tail = width - (kCount - 1) * w;
+    const A *column = column_, *row = row_;  // what is stored may alias members
+    A most = most_;
+    auto read = [&](int64_t h, Vec<A>* values, Vec<A>* weighted) {
+      bool inside = h >= 0 && h < height;
+#pragma GCC unroll 4
+      for (int j = 0; j < kCount; ++j) {
+        values[j] = Vec<A>{};
+        if (inside) {
+          const T* from = x + h * width + j * w;
+          values[j] = j + 1 < kCount ? load(from) : load_first(from, tail, end_);
+        }
+        weighted[j] = values[j];
+        if constexpr (kTransposed) weighted[j] *= row[h];
+      }
+    };
+    Vec<A> center[kCount], next[kCount], top[kCount], middle[kCount], bottom[kCount];
+    read(first - 1, center, top);
+    read(first, center, middle);
+    for (int64_t h = first; h < last; ++h) {
+      read(h + 1, next, bottom);
+      const A* inverse = inverse_ + (kTransposed ? 0 : positions(h, 1, height) - 1) * kCount * w;
+      Vec<A> sums[kCount + 2] = {};
+#pragma GCC unroll 4
+      for (int j = 0; j < kCount; ++j) {
+        sums[j + 1] = top[j] + middle[j] + bottom[j];
+        if constexpr (kTransposed) sums[j + 1] *= load(column + j * w);
+      }
+#pragma GCC unroll 4
+      for (int j = 0; j < kCount; ++j) {
+        Vec<A> left = lanes_from<A, w - 1>(sums[j], sums[j + 1]);
+        Vec<A> right = lanes_from<A, 1>(sums[j + 1], sums[j + 2]);
+        Vec<A> count = kTransposed ? splat(most) : load(column + j * w) * row[h];
+        Vec<A> u = left + sums[j + 1] + right - center[j] * count;
+        f(h * width + j * w, u * load(inverse + j * w), center[j], j + 1 < kCount ? w : tail);
+        top[j] = middle[j], middle[j] = bottom[j], center[j] = next[j];
+      }
+    }
+  }
+
+  // Windows of any size: rows and their sums go through memory.
+  template <class F>
+  PF_INLINE_METHOD void through_memory(const T* x, int64_t first, int64_t last, F&& f) {
     int64_t height = in_.height, width = in_.width, pad = cut_.pad_h, tail = width % w;
     int64_t pad_w = cut_.pad_w, wide = wide_;  // what is stored through vectors may alias members
     const A* column = column_;
@@ -90,7 +145,6 @@ class PlanePool {
     }
   }
 
- private:
   const PoolCut& cut_;
   const Image& in_;
   const T* end_;  // of the tensor

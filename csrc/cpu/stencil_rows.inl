@@ -36,8 +36,10 @@ class RowPool {
   template <class F>
   PF_INLINE_METHOD void operator()(const T* x, int64_t first, int64_t last, F&& f) {
     int64_t channels = in_.channels, most = block(cut_, in_), pad = cut_.pad_w;
-    if (pad == 1) {
-      for (int64_t h = first; h < last; ++h) slide(x, h, f);
+    if (pad == 1 && cut_.pad_h <= 1) {
+      int64_t h = first;
+      for (; h + kRowsAtOnce <= last; h += kRowsAtOnce) slide<kRowsAtOnce>(x, h, f);
+      for (; h < last; ++h) slide<1>(x, h, f);
       return;
     }
     for (int64_t start = 0; start < channels; start += most) {
@@ -51,58 +53,83 @@ class RowPool {
   }
 
  private:
-  // Windows three wide: the sums of three columns stay in registers, for so many channels at a
-  // time that what is read and written lies together.
-  template <class F>
+  // Windows of three by three: kRows rows of outputs at once, which share what they read. Sums of
+  // three columns stay in registers, for so many channels as these hold.
+  template <int kRows, class F>
   PF_INLINE_METHOD void slide(const T* x, int64_t h, F&& f) {
-    constexpr int w = kLanes<A>, kBlock = 64 / w < 8 ? 64 / w : 8;
     int64_t c = 0;
-    slide_blocks<Vec<A>, kBlock>(x, h, c, f);
-    slide_blocks<Vec<A>, kBlock / 2>(x, h, c, f);
-    slide_blocks<Vec<A>, 1>(x, h, c, f);
-    slide_blocks<A, 1>(x, h, c, f);
+    slide_blocks<Vec<A>, kManyRegisters ? 2 : 4, kRows>(x, h, c, f);
+    slide_blocks<Vec<A>, 1, kRows>(x, h, c, f);
+    slide_blocks<A, 1, kRows>(x, h, c, f);
   }
 
   // From channel c on, as long as blocks are whole.
-  template <class V, int kCount, class F>
+  template <class V, int kCount, int kRows, class F>
   PF_INLINE_METHOD void slide_blocks(const T* x, int64_t h, int64_t& c, F&& f) {
     constexpr int64_t step = kCount * sizeof(V) / sizeof(A);
-    int64_t top = larger(h - cut_.pad_h, 0);
-    int64_t rows = smaller(h + cut_.pad_h, in_.height - 1) - top + 1;
-    for (; c + step <= in_.channels; c += step) {
-      if (rows == 3) {  // known there: no loop over rows
-        slide_block<V, kCount>(x, h, top, 3, c, f);
-      } else {
-        slide_block<V, kCount>(x, h, top, rows, c, f);
-      }
-    }
+    for (; c + step <= in_.channels; c += step) slide_block<V, kCount, kRows>(x, h, c, f);
   }
 
-  template <class V, int kCount, class F>
-  PF_INLINE_METHOD void slide_block(const T* x, int64_t h, int64_t top, int64_t rows, int64_t c,
-                                    F&& f) {
-    constexpr int lanes = sizeof(V) / sizeof(A);
+  template <class V, int kCount, int kRows, class F>
+  PF_INLINE_METHOD void slide_block(const T* x, int64_t h, int64_t c, F&& f) {
+    constexpr int lanes = sizeof(V) / sizeof(A), kHigh = kRows + 2;
+    static constexpr T kZeros[kCount * lanes] = {};
     int64_t channels = in_.channels, width = in_.width, stride = width * channels;
-    const A *weights = row_ + top, *columns = column_;  // what is stored may alias members
-    const T* from = x + top * stride + c;
-    A factor = kTransposed ? most_ : row_[h];
-    auto column = [&](int64_t i, int j) {
-      V v = sum_rows<kTransposed, V>(from + i * channels + j * lanes, stride, rows, weights);
-      if constexpr (kTransposed) v *= columns[i];
-      return v;
+    const A *columns = column_, *heights = row_ + h;  // what is stored may alias members
+    const T* from[kHigh];
+    int64_t step[kHigh];
+    A weights[kHigh];
+    for (int r = 0; r < kHigh; ++r) {  // rows outside: zeros that stay where they are
+      int64_t row = h + r - 1;
+      bool inside = row >= 0 && row < in_.height;
+      from[r] = inside ? x + row * stride + c : kZeros;
+      step[r] = inside ? channels : 0;
+      weights[r] = inside ? row_[row] : A(0);
+    }
+    // Sums of column i, and the values that are in the middle of windows.
+    auto column = [&](int64_t i, int j, V* sums, V* center) {
+      V v[kHigh];
+#pragma GCC unroll 4
+      for (int r = 0; r < kHigh; ++r) {
+        v[r] = load_as<V>(from[r] + i * step[r] + j * lanes);
+        if (r > 0 && r <= kRows) center[r - 1] = v[r];
+        if constexpr (kTransposed) v[r] *= weights[r];
+      }
+      V both = v[1] + v[2];
+      sums[0] = v[0] + both;
+      if constexpr (kRows == 2) sums[1] = both + v[3];
+      if constexpr (kTransposed) {
+        for (int r = 0; r < kRows; ++r) sums[r] *= columns[i];
+      }
     };
-    V left[kCount], middle[kCount];
-#pragma GCC unroll 8
-    for (int j = 0; j < kCount; ++j) left[j] = V{}, middle[j] = column(0, j);
+    V left[kCount][kRows] = {}, middle[kCount][kRows], center[kCount][kRows];
+#pragma GCC unroll 4
+    for (int j = 0; j < kCount; ++j) column(0, j, middle[j], center[j]);
+    A count[kRows], inverse[kRows];
     for (int64_t i = 0; i < width; ++i) {
-      A count = kTransposed ? factor : factor * columns[i], inverse = A(1) / count;
+      if (i < 2 || i + 1 == width) {  // windows between them count the same
+        for (int r = 0; r < kRows; ++r) {
+          count[r] = kTransposed ? most_ : heights[r] * columns[i];
+          inverse[r] = A(1) / count[r];
+        }
+      }
       int64_t at = h * stride + i * channels + c;
-#pragma GCC unroll 8
+#pragma GCC unroll 4
       for (int j = 0; j < kCount; ++j) {
-        V right = i + 1 < width ? column(i + 1, j) : V{};
-        V v = left[j] + middle[j] + right, center = load_as<V>(x + at + j * lanes);
-        f(at + j * lanes, c + j * lanes, (v - center * count) * inverse, center);
-        left[j] = middle[j], middle[j] = right;
+        V right[kRows], next[kRows];
+        if (i + 1 < width) {
+          column(i + 1, j, right, next);
+        } else {
+          for (int r = 0; r < kRows; ++r) right[r] = next[r] = V{};
+        }
+#pragma GCC unroll 2
+        for (int r = 0; r < kRows; ++r) {
+          int64_t here = at + r * stride + j * lanes;
+          V v = left[j][r] + middle[j][r] + right[r];
+          V value = kManyRegisters ? center[j][r] : load_as<V>(x + here);
+          f(here, c + j * lanes, (v - value * count[r]) * inverse[r], value);
+          left[j][r] = middle[j][r], middle[j][r] = right[r], center[j][r] = next[r];
+        }
       }
     }
   }

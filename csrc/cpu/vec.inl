@@ -20,6 +20,11 @@ struct rounded {  // a float that products take as bfloat16
 };
 
 constexpr int kBytes = POOLFORMER_VECTOR_BYTES;
+#if POOLFORMER_VECTOR_BYTES == 64 || defined(__aarch64__)
+constexpr bool kManyRegisters = true;  // 32
+#else
+constexpr bool kManyRegisters = false;  // 16
+#endif
 
 template <class E, int kLanes>
 struct VectorOf {
@@ -156,6 +161,13 @@ PF_INLINE void store(T* p, Vec<Acc<T>> value) {
 #if defined(POOLFORMER_F16C)
     if constexpr (std::is_same_v<T, f16>) return store_half(p, value);
 #endif
+#if defined(POOLFORMER_BF16)
+    if constexpr (std::is_same_v<T, bf16>) {  // the instruction takes subnormal numbers for 0
+      if (__builtin_expect(!_mm512_fpclass_ps_mask(value, 0x20), true)) {
+        return store_raw<uint16_t, n>(p, bit_cast<H>(_mm512_cvtneps_pbh(value)));
+      }
+    }
+#endif
     U bits;
     if constexpr (std::is_same_v<T, bf16>) {
       bits = float_to_bf16<Vec<float>, U>(value);
@@ -204,11 +216,27 @@ static void spread_groups(const Image& in, const double* values, A* out) {
   }
 }
 
-template <class A>
+// A vector of the lanes of (a, b) from kFirst on.
+template <class A, int kFirst, int... kLane>
+PF_INLINE Vec<A> lanes_from(Vec<A> a, Vec<A> b, std::integer_sequence<int, kLane...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, (kFirst + kLane)...);
+#else
+  using I = typename IntegersOf<Vec<A>>::type;
+  return __builtin_shuffle(a, b, I{(kFirst + kLane)...});
+#endif
+}
+template <class A, int kFirst>
+PF_INLINE Vec<A> lanes_from(Vec<A> a, Vec<A> b) {
+  return lanes_from<A, kFirst>(a, b, std::make_integer_sequence<int, kLanes<A>>{});
+}
+
+// Halves are added to one another until one lane is left.
+template <class A, int kDistance = kLanes<A> / 2>
 PF_INLINE A sum_lanes(Vec<A> v) {
-  A total = 0;
-  for (int i = 0; i < kLanes<A>; ++i) total += v[i];
-  return total;
+  v += lanes_from<A, kDistance>(v, v);
+  if constexpr (kDistance > 1) return sum_lanes<A, kDistance / 2>(v);
+  return v[0];
 }
 
 // One step of the transpose below: swaps the blocks of kDistance lanes off the diagonal.
