@@ -120,9 +120,8 @@ class MlpFunction(common.KernelFunction):
 
 def _saves_hidden(x: Tensor, backend: str, autocast: bool, product: torch.dtype | None) -> bool:
     """Whether `backend` keeps the hidden when it is not told: where that is quick and not large."""
-    if backend != "cpu":
-        return False
-    return x.shape[1] >= 384 and product == torch.bfloat16 if autocast else x.shape[1] >= 256
+    narrow = not autocast or product == torch.bfloat16  # no wider than what eager keeps
+    return backend == "cpu" and narrow and x.shape[1] >= 256
 
 
 def mlp(
@@ -163,8 +162,8 @@ def mlp(
         return_stats: return (z, statistics of z).
         save_hidden: keep fc1's result for the backward, B · H · W · hidden elements, instead of
             computing it again from x. None leaves that to the backend: "cpu" keeps it where C >=
-            256 (under autocast 384, if products are of bfloat16), so that a whole model saves under
-            a third of what eager does; "triton" and "cuda" do not. "torch" always saves what eager
+            256 (under autocast if products are of bfloat16), so that a whole model saves under a
+            third of what eager does; "triton" and "cuda" do not. "torch" always saves what eager
             saves.
         backend: "auto", "torch", "cpu", "triton" or "cuda"; see `use_backend`.
 

@@ -70,30 +70,37 @@ _backward_op = torch.ops.poolformer_kernels.patch_embed_bwd.default
 
 
 class PatchEmbedFunction(common.KernelFunction):
-    """Autograd of `patch_embed`. Saves x; gradients that are differentiated are PyTorch's."""
+    """Autograd of `patch_embed`, with the arguments of patch_embed_fwd and the dtype of products.
+
+    Saves x and the weight, which is rounded again rather than saved twice. Gradients that are
+    differentiated are PyTorch's.
+    """
 
     @staticmethod
     def forward(*args: Any) -> Tensor:
-        return _forward_op(*args)
+        x, weight, bias, *rest, product = args
+        return _forward_op(x, *_in_dtype(product, weight, bias), *rest)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, bias, ctx.stride, ctx.padding, ctx.backend = inputs
+        x, weight, bias, ctx.stride, ctx.padding, ctx.backend, ctx.product = inputs
         ctx.save_for_backward(x, weight)
-        ctx.bias_size = None if bias is None else [weight.shape[0]]
+        ctx.bias_dtype = None if bias is None else bias.dtype
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         wanted, geometry = list(ctx.needs_input_grad[:3]), (ctx.stride, ctx.padding)
+        dtypes = (x.dtype, weight.dtype, ctx.bias_dtype)
+        weight = weight.to(ctx.product)
         if torch.is_grad_enabled():
             # In float32: in 16 bits it is slow, or reads memory that no one has set.
             dtype = accumulate_dtype(x.dtype)
-            exact = torch.ops.aten.convolution_backward(
+            grads = torch.ops.aten.convolution_backward(
                 dy.to(dtype),
                 x.to(dtype),
                 weight.to(dtype),
-                ctx.bias_size,
+                None if ctx.bias_dtype is None else weight.shape[:1],
                 *geometry,
                 [1, 1],
                 False,
@@ -101,10 +108,14 @@ class PatchEmbedFunction(common.KernelFunction):
                 1,
                 wanted,
             )
-            grads = [g.to(x.dtype) if w else None for g, w in zip(exact, wanted, strict=True)]
         else:
             grads = _backward_op(dy, x, weight, *geometry, wanted, ctx.backend)
-        return *(g if w else None for g, w in zip(grads, wanted, strict=True)), *(None,) * 3
+        given = zip(grads, wanted, dtypes, strict=True)
+        return *(g.to(dtype) if w else None for g, w, dtype in given), *(None,) * 4
+
+
+def _in_dtype(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if t is None else t.to(dtype) for t in tensors]
 
 
 def patch_embed(
@@ -149,14 +160,13 @@ def patch_embed(
     name = resolve("patch_embed", device, x.dtype, None, grad, autocast, name)
     if name == "torch":
         return reference.patch_embed(x, weight, bias, stride=stride, padding=padding)
-    dtype = x.dtype
+    dtype = product = x.dtype
     if autocast:
         dtype = torch.get_autocast_dtype(device)
         product = common.cpu_product_dtype(dtype)
-        x, weight = x.to(product), weight.to(product)
-        bias = None if bias is None else bias.to(product)
-    args = (x, weight, bias, stride, padding, name)
-    y = PatchEmbedFunction.apply(*args) if grad else _forward_op(*args)
+        x = x.to(product)
+    args = (x, weight, bias, stride, padding, name, product)
+    y = PatchEmbedFunction.apply(*args) if grad else PatchEmbedFunction.forward(*args)
     return y if y.dtype == dtype else y.to(dtype)
 
 

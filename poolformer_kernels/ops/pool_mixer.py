@@ -62,34 +62,41 @@ _backward_op = torch.ops.poolformer_kernels.pool_mixer_bwd.default
 class PoolMixerFunction(common.KernelFunction):
     """Autograd of `pool_mixer`. Saves x and two numbers per image and group, no intermediate.
 
-    Its arguments are norm_bias and then those of pool_mixer_fwd.
+    Its arguments are norm_bias, the dtype to compute in, and then those of pool_mixer_fwd. x is
+    saved as it came.
     """
 
     @staticmethod
-    def forward(norm_bias: Tensor | None, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return _forward_op(*args)
+    def forward(
+        norm_bias: Tensor | None, dtype: torch.dtype, x: Tensor, *args: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return _forward_op(x.to(dtype), *args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        norm_bias, x, _, norm_weight, layer_scale, drop_path, pool_size, *_, backend = inputs
+        norm_bias, dtype, x, _, norm_weight, layer_scale, *rest = inputs
+        drop_path, ctx.pool_size, *_, ctx.backend = rest
         _, saved, stats_out = output
         ctx.mark_non_differentiable(saved, stats_out)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, saved, norm_weight, norm_bias, layer_scale, drop_path)
-        ctx.pool_size, ctx.backend = pool_size, backend
+        ctx.dtype = dtype
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if dy is None:
-            return (None,) * 11
+            return (None,) * 12
         x, saved, norm_weight, norm_bias, layer_scale, drop_path = ctx.saved_tensors
         with torch.no_grad():
+            parameters = (norm_weight, layer_scale, drop_path)
             dx, dnorm_weight, dlayer_scale = _backward_op(
-                dy, x, saved, norm_weight, layer_scale, drop_path, ctx.pool_size, ctx.backend
+                dy, x.to(ctx.dtype), saved, *parameters, ctx.pool_size, ctx.backend
             )
+            dx = dx.to(x.dtype)
             dnorm_bias = None if norm_bias is None else torch.zeros_like(norm_bias)
         grads = (
             dnorm_bias,
+            None,
             dx,
             None,
             None if norm_weight is None else dnorm_weight,
@@ -159,14 +166,16 @@ def pool_mixer(
             eps=eps,
             return_stats=return_stats,
         )
-    dtype = x.dtype
+    dtype = computed = x.dtype
     if autocast:
         normed = common.autocast_norm_dtype(x)
-        dtype = common.promote(normed, layer_scale, x)
-        x, norm_weight, norm_bias, layer_scale, drop_path = common.as_float32(
-            x, norm_weight, norm_bias, layer_scale, drop_path
+        dtype, computed = common.promote(normed, layer_scale, x), torch.float32
+        norm_weight, norm_bias, layer_scale, drop_path = common.as_float32(
+            norm_weight, norm_bias, layer_scale, drop_path
         )
     args = (
+        norm_bias,
+        computed,
         x,
         stats,
         norm_weight,
@@ -178,6 +187,6 @@ def pool_mixer(
         return_stats,
         backend,
     )
-    y, _, stats_out = PoolMixerFunction.apply(norm_bias, *args) if grad else _forward_op(*args)
+    y, _, stats_out = (PoolMixerFunction.apply if grad else PoolMixerFunction.forward)(*args)
     y = y if y.dtype == dtype else y.to(dtype)
     return (y, stats_out) if return_stats else y
