@@ -190,6 +190,27 @@ def test_autocast_copies_no_weight() -> None:
         pk.mlp(x, *parameters, backend="cpu")
     assert sum(s.nbytes() for s in saved.values()) < x.nbytes + 100
 
+    weight = nn.Parameter(torch.randn(16, 24, 3, 3))
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        saved_storages(nn.ParameterList([weight])) as saved,
+    ):
+        pk.patch_embed(x, weight, stride=2, backend="cpu")
+    assert [s.nbytes() for s in saved.values()] == [x.nbytes // 2]  # in bfloat16
+
+
+def test_autocast_keeps_the_mixers_input_as_it_came() -> None:
+    x, params = torch.randn(2, 24, 5, 5).bfloat16(), [torch.rand(24) for _ in range(3)]
+    leaves = [x.float().requires_grad_(), x.clone().requires_grad_()]
+    gradients = []
+    for leaf in leaves:
+        with torch.autocast("cpu", torch.bfloat16), saved_storages(nn.Module()) as saved:
+            y = pk.pool_mixer(leaf, *params, backend="cpu")
+        assert max(s.nbytes() for s in saved.values()) == leaf.nbytes
+        gradients.append(torch.autograd.grad(y.sin().sum(), leaf)[0])
+    assert gradients[1].dtype == torch.bfloat16
+    assert torch.equal(gradients[0].bfloat16(), gradients[1])
+
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_under_autocast(backend: str) -> None:
