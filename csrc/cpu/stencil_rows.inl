@@ -105,7 +105,7 @@ class RowPool {
     V left[kCount][kRows] = {}, middle[kCount][kRows], center[kCount][kRows];
 #pragma GCC unroll 4
     for (int j = 0; j < kCount; ++j) column(0, j, middle[j], center[j]);
-    A count[kRows], inverse[kRows];
+    A count[kRows] = {}, inverse[kRows] = {};
     for (int64_t i = 0; i < width; ++i) {
       if (i < 2 || i + 1 == width) {  // windows between them count the same
         for (int r = 0; r < kRows; ++r) {
